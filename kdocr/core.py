@@ -7,7 +7,7 @@ __all__ = ['KdocrError', 'nearest', 'atomic_write', 'write_json', 'read_json', '
            'Stopped', 'stop_signals', 'guard']
 
 # %% ../nbs/00_core.ipynb #0002
-import difflib, hashlib, json, os, signal, sys, tempfile
+import difflib, hashlib, json, os, signal, sys, tempfile, threading
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -107,9 +107,8 @@ def stop_signals():
     def note(signum, frame):
         if got: signal.default_int_handler(signum, frame)
         got.append(signum)
-    try:
+    if threading.current_thread() is threading.main_thread(): # Python hands signals to no other
         for s in (signal.SIGINT, signal.SIGTERM): old[s] = signal.signal(s, note)
-    except ValueError: pass  # not the main thread: signals go elsewhere
     try: yield got
     finally:
         for s, h in old.items(): signal.signal(s, h)
