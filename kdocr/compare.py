@@ -8,31 +8,36 @@ __all__ = ['NOT_THE_METHOD', 'ONE_SEED', 'DISTILLATION', 'Run', 'read_run', 'fin
            'verdict']
 
 # %% ../nbs/50_compare.ipynb #0002
-import json
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
-from .core import KdocrError, np_rng, read_json
+from .core import KdocrError, np_rng
 from .config import Config, load_config, plain
-from .metrics import Prediction, cer, confidence_gap, read_predictions, recognition_rate, wilson, write_predictions
+from .metrics import Prediction, cer, confidence_gap, recognition_rate, wilson
+from .run import RunFolder
 
 # %% ../nbs/50_compare.ipynb #0005
 class Run(NamedTuple):
     "What comparing needs of a finished run."
-    path: Path               # the run folder
+    path: Path                         # the run folder
     cfg: Config
-    scores: dict             # scores.json
-    preds: list[Prediction]  # predictions.csv, one row a held-out track
+    parts: dict[str, list[Prediction]] # 'val' and, where there are held-out texts, 'test': a reading a track
+
+    @property
+    def preds(self) -> list[Prediction]:
+        "The readings that count: of the test part, or where there is none of the validation part, which chose the checkpoint."
+        return self.parts.get('test') or self.parts['val']
 
 def read_run(path:str|Path # a run folder
             ) -> Run:
     "A finished run. Raises `KdocrError` naming the folder where it is none, or not finished yet."
-    path = Path(path)
-    if not (path/'config.yaml').is_file(): raise KdocrError(f'{path}: not a run folder (it has no config.yaml)')
-    if not (path/'scores.json').is_file(): raise KdocrError(f'{path}: this run is not finished; the command that began it goes on with it')
-    return Run(path, load_config(path/'config.yaml'), read_json(path/'scores.json'), read_predictions(path/'predictions.csv'))
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file(): raise KdocrError(f'{path}: not a run folder (it has no config.yaml)')
+    if not folder.finished: raise KdocrError(f'{path}: this run is not finished; the command that began it goes on with it')
+    parts = [p.stem.removeprefix('predictions_') for p in sorted(folder.path.glob('predictions_*.csv'))]
+    return Run(folder.path, load_config(folder.config), {p: folder.predictions(p) for p in parts})
 
 def finished_runs(folder:str|Path # a results folder
                  ) -> list[Path]:
@@ -43,8 +48,7 @@ def finished_runs(folder:str|Path # a results folder
 def read_log(path:str|Path # a run folder
             ) -> pd.DataFrame:
     "metrics.jsonl as a frame: a row a record, a column a name."
-    lines = (Path(path)/'metrics.jsonl').read_text(encoding='utf-8').splitlines(keepends=True)
-    return pd.DataFrame([json.loads(l) for l in lines if l.endswith('\n')])
+    return pd.DataFrame(RunFolder(Path(path)).log.rows())
 
 # %% ../nbs/50_compare.ipynb #000c
 NOT_THE_METHOD = ('name', 'out', 'device', 'threads', 'eval_every', 'checkpoint_every', 'log_every') # change no weight, or none on purpose
