@@ -39,8 +39,8 @@ PRESETS = {
     'restran': Arch(**_RESTRAN, refiner=2, head=1024),
     'restran_stn': Arch(**_RESTRAN, refiner=2, head=1024, stn=True),
     'restran_31m': Arch(**_RESTRAN, refiner=0, head=0, stn=True),
-    'restran_tiny': Arch(widths=(16, 32, 64, 96), depths=(1, 1, 1, 1), strides=(1, 2, 2, (2, 1)), stem=3, pool=False,
-                         refiner=0, fusion=32, layers=2, heads=4, ff=192, norm_first=True, head=0, dropout=0.),
+    'restran_tiny': Arch(widths=(24, 48, 72), depths=(1, 1, 1), strides=(1, 2, (2, 1)), stem=5, pool=True, refiner=1, fusion=32,
+                         layers=2, heads=4, ff=144, norm_first=True, head=0, dropout=0.),
 }
 
 # %% ../nbs/22_restran.ipynb #0009
@@ -58,6 +58,7 @@ class ResTranOCR(nn.Module):
         self.norm = nn.LayerNorm(d) if arch.norm_first else nn.Identity()
         self.head = (nn.Sequential(nn.Linear(d, arch.head), nn.ReLU(), nn.Linear(arch.head, n_classes)) if arch.head
                      else nn.Linear(d, n_classes))
+        self.to(memory_format=torch.channels_last) # convolutions a third faster on a CPU, and bf16 ones on a GPU
 
     def forward_taps(self, x:Tensor) -> TapOut: # (b,f,3,h,w) in [-1,1]
         if x.ndim != 5: raise KdocrError(f'images {tuple(x.shape)}: expected (b,f,3,h,w), a track of f frames each')

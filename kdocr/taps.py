@@ -41,9 +41,10 @@ class HookTaps:
         try: logits = self.model(*args)
         finally:
             for h in hooks: h.remove()
-        return TapOut(logits, {tap: _only(tap, ys) for tap, ys in seen.items()})
+        for tap, ys in seen.items():
+            if len(ys) != 1: raise KdocrError(f'tap {tap!r}: its module ran {len(ys)} times in one call; name one that runs once')
+        return TapOut(_tensor('the model', logits), {tap: _tensor(f'the module of tap {tap!r}', ys[0]) for tap, ys in seen.items()})
 
-def _only(tap, ys):
-    if len(ys) != 1: raise KdocrError(f'tap {tap!r}: its module ran {len(ys)} times in one call; name one that runs once')
-    if not isinstance(ys[0], Tensor): raise KdocrError(f'tap {tap!r}: its module returned {type(ys[0]).__name__}, not a tensor')
-    return ys[0]
+def _tensor(who, y):
+    if not isinstance(y, Tensor): raise KdocrError(f'{who} returned {type(y).__name__}, not a tensor')
+    return y
