@@ -7,14 +7,14 @@ __all__ = ['FORMAT', 'FREE', 'describe', 'on_disk', 'save_checkpoint', 'load_che
            'environment', 'identity', 'RunLog', 'RunFolder']
 
 # %% ../nbs/40_run.ipynb #0002
-import json, os, platform, subprocess, sys, time
+import fcntl, json, platform, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 import torch
-from torch import Tensor, nn
+from torch import nn
 from .core import KdocrError, atomic_write, digest, read_json, write_json
 from .config import Config, load_config, plain, save_config
 from .charset import Charset
@@ -140,7 +140,6 @@ class RunFolder:
 
     def claim(self, cfg:Config, ids:dict, env:dict):
         "Make the folder `cfg`'s; refuse where it holds another run, naming each key with both values."
-        with on_disk(self.path): self.path.mkdir(parents=True, exist_ok=True)
         here, starts = {**identity(cfg), **ids}, []
         if self.config.exists():
             there = {**read_json(self.env), **identity(load_config(self.config))}
@@ -149,6 +148,15 @@ class RunFolder:
             starts = there['starts']
         starts = [*starts, time.strftime('%Y-%m-%dT%H:%M:%S%z')]
         with on_disk(self.path): write_json(self.env, {**ids, **env, 'starts': starts}); save_config(cfg, self.config)
+
+    @contextmanager
+    def alone(self):
+        "Keep other processes out of this run for the length of a `with`."
+        with on_disk(self.path): self.path.mkdir(parents=True, exist_ok=True); lock = open(self.path/'.lock', 'w')
+        with lock:
+            try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) # the system lets go of it when the process dies, however it dies
+            except BlockingIOError: raise KdocrError(f'{self.path}: another process is at work on this run') from None
+            yield
 
     def finish(self, predictions:dict[str, list[Prediction]], **more):
         "Write the readings of each part, and last of all their scores."
