@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TERMS', 'STARTS', 'STYLE', 'CUTS', 'use_style', 'arm_styles', 'term_columns', 'plot_losses', 'plot_over_steps',
            'plot_arms', 'cut', 'plot_cut', 'plot_alignment', 'plot_taps', 'plot_cka_accuracy', 'plot_spikes',
-           'save_figure']
+           'plot_readings', 'save_figure']
 
 # %% ../nbs/51_figures.ipynb #0002
 from pathlib import Path
@@ -116,7 +116,7 @@ def plot_cut(frame:pd.DataFrame, # as `cut` makes it
     for i, (a, look) in enumerate(looks.items()):
         f = frame[frame.arm == a].set_index('group').reindex(counts.index)
         x = np.arange(len(f)) + .06 * (i - (len(looks) - 1) / 2)
-        ax.errorbar(x, 100 * f.rr, yerr=100 * np.stack([f.rr - f.lo, f.hi - f.rr]), fmt='o', ms=5, mfc='white' if look['linestyle'] == '--' else look['color'],
+        ax.errorbar(x, 100 * f.rr, yerr=100 * np.stack([f.rr - f.lo, f.hi - f.rr]).clip(0), fmt='o', ms=5, mfc='white' if look['linestyle'] == '--' else look['color'],
                     elinewidth=1, label=a, **look)
     ax.set(xticks=range(len(counts)), xticklabels=[f'{g or "?"}\nn={n}' for g, n in counts.items()], xlabel=CUTS[by],
            ylabel='right characters (%)' if by == 'position' else 'exact match (%)', ylim=(0, 102))
@@ -193,6 +193,20 @@ def plot_spikes(ids:dict,    # label -> (n,t) class numbers, 0 the blank
     return axes
 
 # %% ../nbs/51_figures.ipynb #0023
+def plot_readings(pictures,        # (n,H,W,3) uint8, what the model saw
+                  preds:list,      # the n readings
+                  columns:int=4):  # the figure
+    "A grid of pictures, green with the reading where it is right, red with reading and truth where it is not."
+    rows = -(-len(preds) // columns)
+    fig, axs = plt.subplots(rows, columns, figsize=(2.1 * columns, .85 * rows), squeeze=False)
+    for ax in axs.flat: ax.axis('off')
+    for ax, picture, p in zip(axs.flat, pictures, preds):
+        ax.imshow(picture)
+        said = p.pred or '(nothing)'
+        ax.set_title(f'{said}  {p.confidence:.2f}' if p.right else f'{said}, is {p.text}', fontsize=8, color='#00693E' if p.right else '#B2182B', pad=2, loc='center')
+    return fig
+
+# %% ../nbs/51_figures.ipynb #0026
 def save_figure(fig, folder:str|Path, # a run's or a report's `figures` folder
                 name:str) -> Path:    # the PNG
     "`folder/name.png` and `folder/name.pdf`."
