@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'FREE', 'describe', 'on_disk', 'save_checkpoint', 'load_che
            'environment', 'identity', 'RunLog', 'RunFolder']
 
 # %% ../nbs/40_run.ipynb #0002
-import fcntl, json, platform, subprocess, sys, time
+import fcntl, json, platform, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -44,6 +44,8 @@ def save_checkpoint(path:str|Path, ckpt:dict) -> Path:
     return Path(path)
 
 # %% ../nbs/40_run.ipynb #000a
+_KEYS = {'model_type', 'charset', 'frames', 'height', 'width', 'split_hash', 'model', 'step'}
+
 def load_checkpoint(path:str|Path) -> dict: # tensors on the CPU
     "The checkpoint's dict. Raises `KdocrError` naming the file where it is missing, damaged, or no checkpoint of ours."
     path = Path(path)
@@ -51,7 +53,7 @@ def load_checkpoint(path:str|Path) -> dict: # tensors on the CPU
     try: ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: # torch's zip reader and unpickler raise ten kinds for a damaged file
         raise KdocrError(f'{path}: damaged, or no checkpoint ({type(e).__name__})') from None
-    if not isinstance(ckpt, dict) or ckpt.get('format') != FORMAT: raise KdocrError(f'{path}: not a kdocr checkpoint of format {FORMAT}')
+    if not isinstance(ckpt, dict) or ckpt.get('format') != FORMAT or not _KEYS <= ckpt.keys(): raise KdocrError(f'{path}: not a kdocr checkpoint of format {FORMAT}')
     return ckpt
 
 # %% ../nbs/40_run.ipynb #000f
@@ -134,6 +136,7 @@ class RunFolder:
     last   = property(lambda self: self.path/'checkpoints'/'last.pth')
     best   = property(lambda self: self.path/'checkpoints'/'best.pth')
     scores = property(lambda self: self.path/'scores.json')
+    published = property(lambda self: self.path.parent/f'{self.path.name}_best.pth', doc="A teacher's best checkpoint, beside the run folders.")
     finished = property(lambda self: self.scores.exists(), doc='Whether there is nothing left to do.')
 
     def predictions(self, part:str='val') -> list[Prediction]: return read_predictions(self.path/f'predictions_{part}.csv')
@@ -143,9 +146,9 @@ class RunFolder:
         here, starts = {**identity(cfg), **ids}, []
         if self.config.exists():
             there = {**read_json(self.env), **identity(load_config(self.config))}
-            differ = [f'{k} is {there[k]!r} there and {v!r} here' for k, v in here.items() if there[k] != v]
+            differ = [f'{k} is {there.get(k)!r} there and {v!r} here' for k, v in here.items() if there.get(k) != v]
             if differ: raise KdocrError(f'{self.path}: holds another run: {"; ".join(differ)}. Give this one another name, or remove the folder')
-            starts = there['starts']
+            starts = there.get('starts', [])
         starts = [*starts, time.strftime('%Y-%m-%dT%H:%M:%S%z')]
         with on_disk(self.path): write_json(self.env, {**ids, **env, 'starts': starts}); save_config(cfg, self.config)
 
@@ -157,6 +160,10 @@ class RunFolder:
             try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) # the system lets go of it when the process dies, however it dies
             except BlockingIOError: raise KdocrError(f'{self.path}: another process is at work on this run') from None
             yield
+
+    def publish(self):
+        "Copy the best checkpoint to where a student's command looks for it."
+        with on_disk(self.published), atomic_write(self.published) as tmp: shutil.copyfile(self.best, tmp)
 
     def finish(self, predictions:dict[str, list[Prediction]], **more):
         "Write the readings of each part, and last of all their scores."
