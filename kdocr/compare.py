@@ -22,7 +22,7 @@ class Run(NamedTuple):
     "What comparing needs of a finished run."
     path: Path                         # the run folder
     cfg: Config
-    parts: dict[str, list[Prediction]] # 'val' and, where there are held-out texts, 'test': a reading a track
+    parts: dict[str, list[Prediction]] # 'val'; 'test' where there are held-out texts; 'lr', a teacher's readings of LR
 
     @property
     def preds(self) -> list[Prediction]:
@@ -123,7 +123,7 @@ def arms_table(runs:list[Run]) -> pd.DataFrame:
                     lo=lo, hi=hi, cer=cer(preds), confidence_gap=confidence_gap(preds))
     def rows(label, r):
         if r.cfg.mode == 'student': return [row(label, r, r.preds)]
-        return [row(f'{label}, reading {sees}', r, r.parts[part]) for part, sees in (('val', 'HR'), ('test', 'LR')) if r.parts.get(part)]
+        return [row(f'{label}, reading {sees}', r, r.parts[part]) for part, sees in (('val', 'HR'), ('lr', 'LR')) if part in r.parts]
     return pd.DataFrame([row for x in zip(labels([r.cfg for r in runs]), runs) for row in rows(*x)])
 
 # %% ../nbs/50_compare.ipynb #0023

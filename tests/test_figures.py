@@ -1,0 +1,86 @@
+"""Figures by structure: lines, labels, colours and data, not pixels."""
+import matplotlib
+matplotlib.use('agg')
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from kdocr.metrics import Prediction
+from kdocr.figures import (TERMS, arm_styles, cut, plot_alignment, plot_arms, plot_cka_accuracy, plot_cut, plot_losses, plot_over_steps,
+                           plot_readings, plot_spikes, plot_taps, save_figure, term_columns)
+
+ARMS = ['random init, control', 'random init, distilled', "teacher's weights, control"]
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close('all')
+
+@pytest.fixture
+def log():
+    n = 100
+    steps = pd.DataFrame(dict(step=range(1, n + 1), lr=1e-3, ctc=np.linspace(6, 1, n), kd_backbone_out=2., kd_transformer_out=1., kd_logits=3.,
+                              kd_backbone_out_weighted=1., kd_transformer_out_weighted=.5, kd_logits_weighted=1.5))
+    return pd.concat([steps, pd.DataFrame(dict(step=[50, 100], val_rr=[.1, .6]))], ignore_index=True)
+
+@pytest.mark.parametrize('weighted', [False, True])
+def test_losses_draw_every_term_in_its_colour(log, weighted):
+    ax = plot_losses(log, weighted=weighted)
+    drawn = {l.get_label(): l.get_color() for l in ax.lines if not l.get_label().startswith('_')}
+    assert drawn == {name: colour for name, colour in TERMS.values()}
+    assert [len(l.get_ydata()) for l in ax.lines] == [100] * 8
+    assert f"{'weighted' if weighted else 'raw'}" in ax.get_ylabel() and 'n = 100' in ax.get_xlabel() and ax.get_yscale() == 'log'
+    assert ax.lines[3].get_ydata()[0] == (1. if weighted else 2.)
+
+def test_a_control_has_one_term(log):
+    assert term_columns(log[['step', 'ctc']]) == {'ctc': 'ctc'}
+    assert len(plot_losses(log[['step', 'ctc']]).lines) == 2
+
+def test_validation_rows_only(log):
+    ax = plot_over_steps({ARMS[0]: log, ARMS[1]: log}, 'val_rr', 'exact match (%)', 100)
+    assert [list(l.get_ydata()) for l in ax.lines] == [[10., 60.]] * 2
+    assert [l.get_linestyle() for l in ax.lines] == ['--', '-'] and ax.get_ylabel().endswith('(%)')
+
+def test_a_start_has_a_colour_and_a_control_a_dash():
+    s = arm_styles(ARMS)
+    assert s[ARMS[0]]['color'] == s[ARMS[1]]['color'] != s[ARMS[2]]['color']
+    assert not {c['color'] for c in s.values()} & {c for _, c in TERMS.values()}
+
+def test_arms_stand_in_order_with_intervals():
+    ax = plot_arms(pd.DataFrame(dict(arm=ARMS, tracks=500, exact=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75])))
+    assert [t.get_text() for t in ax.get_yticklabels()] == ARMS and 'n = 500' in ax.get_xlabel() and '%' in ax.get_xlabel()
+    assert [list(l.get_xdata()) for l in ax.lines[::2]] == [pytest.approx([45, 55]), pytest.approx([55, 65]), pytest.approx([65, 75])]
+
+def test_cut_counts_every_track_once_and_draws_its_n():
+    preds = [Prediction(f't{i}', 'ABC1234', 'ABC1234' if i % 2 else 'ABC123', .5, 'Brazilian', 'A', 10 + i % 10) for i in range(60)]
+    frame = cut({ARMS[0]: preds}, 'height')
+    assert frame.n.sum() == 60 and (frame.n * frame.rr).sum() == 30
+    ax = plot_cut(frame, 'height')
+    assert [t.get_text().split('\n')[1] for t in ax.get_xticklabels()] == [f'n={n}' for n in frame.n] and 'pixels' in ax.get_xlabel()
+    by = cut({ARMS[0]: preds}, 'position')
+    assert list(by.rr) == [1.] * 6 + [.5] and (by.hi <= 1).all()
+
+def test_alignment_rows_share_the_plates_width():
+    fig, axs = plt.subplots(7, 1)
+    t = np.random.default_rng(0).random((16, 3))
+    plot_alignment(axs, np.zeros((32, 128, 3), np.uint8), np.zeros((32, 128, 3), np.uint8), t, {a: t for a in ARMS[:2]}, {a: np.linspace(0, 1, 16) for a in ARMS[:2]}, 'track_1')
+    assert {tuple(ax.images[0].get_extent()[:2]) for ax in axs} == {(0, 128)}
+    assert axs[0].get_title(loc='left') + axs[0].get_title() == 'track_1' and 'mean 0.50' in axs[4].get_ylabel()
+
+def test_taps_bars_and_scatter():
+    frame = pd.DataFrame([(a, t, .1 * i + .2 * j, .5) for i, a in enumerate(ARMS) for j, t in enumerate(list(TERMS)[1:])], columns=['arm', 'tap', 'cka', 'exact'])
+    ax = plot_taps(frame, 'cka', 'CKA')
+    assert len(ax.patches) == 9 and [p.get_hatch() for p in ax.patches[:3]] == ['////', None, '////']
+    assert matplotlib.colors.to_hex(ax.patches[0].get_facecolor()).upper() == TERMS['backbone_out'][1]
+    assert len(plot_cka_accuracy(frame).lines) == 9
+
+def test_spikes_and_readings():
+    ids = np.array([[0, 1, 0, 2]])
+    ax = plot_spikes({'HR teacher': ids}, 'AB')[0]
+    assert [(t.get_text(), t.get_position()) for t in ax.texts] == [('A', (1, 0)), ('B', (3, 0))]
+    fig = plot_readings(np.zeros((2, 32, 128, 3)), [Prediction('a', 'AB', 'AB', .9), Prediction('b', 'AB', '', .1)])
+    assert [a.get_title() for a in fig.axes[:2]] == ['AB  0.90', '(nothing), is AB']
+
+def test_saved_twice(tmp_path):
+    assert save_figure(plt.figure(), tmp_path/'figures', 'x').read_bytes()[1:4] == b'PNG'
+    assert (tmp_path/'figures/x.pdf').read_bytes()[:4] == b'%PDF'
