@@ -77,7 +77,7 @@ def test_a_checkpoint_cut_short_is_named(tmp_path, keep):
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Bomb:
         def __reduce__(self): return os.mkdir, (str(tmp_path/'boom'),)
-    (tmp_path/'bomb.pth').write_bytes(pickle.dumps(Bomb()))
+    (tmp_path/'bomb.pth').write_bytes(pickle.dumps(Bomb(), protocol=2))
     torch.save(Bomb(), tmp_path/'bomb2.pth')
     for name in ('bomb.pth', 'bomb2.pth'):
         with pytest.raises(KdocrError, match=name): load_checkpoint(tmp_path/name)
