@@ -161,4 +161,7 @@ def verdict(runs:list[Run]) -> list[str]: # one sentence or two for each thing t
         what = 'no certain difference' if c.lo <= 0 <= c.hi else 'better than its control' if c.mean > 0 else 'WORSE than its control'
         said.append(f'{c.arm}: {what}, {100 * c.mean:+.1f} points (paired 95 % interval {100 * c.lo:+.1f} to {100 * c.hi:+.1f}; '
                     f'{c.won} tracks won, {c.lost} lost, McNemar p = {c.p:.2g}).')
-    return said + [ONE_SEED] * (len(said) > 1)
+    said += [ONE_SEED] * (len(said) > 1)
+    for r in runs:
+        if 'lr' in r.parts: said.append(f"For scale: their teacher reads {pct(recognition_rate(r.parts['val']))} % of held-out HR pictures and {pct(recognition_rate(r.parts['lr']))} % of the students' LR pictures.")
+    return said

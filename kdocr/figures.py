@@ -30,7 +30,7 @@ def use_style(dpi:int=80 # pixels an inch of the pictures in a notebook
 def arm_styles(arms # labels, as `compare.labels` makes them
               ) -> dict[str, dict]: # colour and line style of each
     "A look for each arm: the same start the same colour, a control dashed."
-    starts = list(dict.fromkeys(a.split(',')[0] for a in arms if a != 'HR teacher'))
+    starts = list(dict.fromkeys(a.split(',')[0] for a in arms if not a.startswith('HR teacher')))
     def look(a):
         if a.startswith('HR teacher'): return dict(color='black', linestyle='-')
         return dict(color=STARTS[starts.index(a.split(',')[0]) % len(STARTS)], linestyle='--' if 'control' in a else '-')
@@ -47,6 +47,7 @@ def plot_losses(log:pd.DataFrame,     # a run's log
                 weighted:bool=False,  # as they enter the sum, or as they are
                 logy:bool=True,
                 window:int=0,         # steps of the running median; 0: a fiftieth of the run
+                legend:bool=True,
                 ax=None):
     "CTC and each tap's loss over the steps."
     ax = ax or plt.subplots()[1]
@@ -59,7 +60,7 @@ def plot_losses(log:pd.DataFrame,     # a run's log
     ax.set(xlabel=f'training step (n = {len(steps)})', ylabel=f"loss, {'weighted' if weighted else 'raw'}{' (log scale)' if logy else ''}")
     if logy: ax.set_yscale('log')
     else: ax.set_ylim(bottom=0)
-    ax.legend(ncols=4, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    if legend: ax.legend(ncols=4, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
     return ax
 
 # %% ../nbs/51_figures.ipynb #000e
@@ -68,12 +69,12 @@ def plot_over_steps(logs:dict[str, pd.DataFrame], # label -> log
                     ylabel:str,
                     scale:float=1.,               # 100 makes percent of a share
                     ax=None):
-    "One column of several runs; records without it are left out."
+    "One column of several runs, a running median where there are many rows; records without it are left out."
     ax = ax or plt.subplots()[1]
     for (label, log), look in zip(logs.items(), arm_styles(logs).values()):
         if column not in log: continue
         rows = log[log[column].notna()]
-        ax.plot(rows.step, scale * rows[column], label=label, marker='o' if len(rows) < 40 else '', ms=3, **look)
+        ax.plot(rows.step, scale * rows[column].rolling(max(1, len(rows) // 50), center=True, min_periods=1).median(), label=label, marker='o' if len(rows) < 40 else '', ms=3, **look)
     ax.set(xlabel='training step', ylabel=ylabel)
     if len(logs) > 1: ax.legend(fontsize=8)
     return ax
@@ -118,7 +119,8 @@ def plot_cut(frame:pd.DataFrame, # as `cut` makes it
         x = np.arange(len(f)) + .06 * (i - (len(looks) - 1) / 2)
         ax.errorbar(x, 100 * f.rr, yerr=100 * np.stack([f.rr - f.lo, f.hi - f.rr]).clip(0), fmt='o', ms=5, mfc='white' if look['linestyle'] == '--' else look['color'],
                     elinewidth=1, label=a, **look)
-    ax.set(xticks=range(len(counts)), xticklabels=[f'{g or "?"}\nn={n}' for g, n in counts.items()], xlabel=CUTS[by],
+    same = counts.nunique() == 1
+    ax.set(xticks=range(len(counts)), xticklabels=[f'{g or "?"}' + (f'\nn={n}' if not same else '') for g, n in counts.items()], xlabel=CUTS[by] + (f' (n = {counts.iloc[0]} each)' if same else ''),
            ylabel='right characters (%)' if by == 'position' else 'exact match (%)', ylim=(0, 102))
     return ax
 

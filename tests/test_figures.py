@@ -56,9 +56,10 @@ def test_cut_counts_every_track_once_and_draws_its_n():
     frame = cut({ARMS[0]: preds}, 'height')
     assert frame.n.sum() == 60 and (frame.n * frame.rr).sum() == 30
     ax = plot_cut(frame, 'height')
-    assert [t.get_text().split('\n')[1] for t in ax.get_xticklabels()] == [f'n={n}' for n in frame.n] and 'pixels' in ax.get_xlabel()
+    assert [t.get_text() for t in ax.get_xticklabels()] == [f'{g}\nn={n}' for g, n in zip(frame.group, frame.n)] and 'pixels' in ax.get_xlabel()
     by = cut({ARMS[0]: preds}, 'position')
     assert list(by.rr) == [1.] * 6 + [.5] and (by.hi <= 1).all()
+    assert 'n = 60 each' in plot_cut(by, 'position').get_xlabel()
 
 def test_alignment_rows_share_the_plates_width():
     fig, axs = plt.subplots(7, 1)
