@@ -27,10 +27,11 @@ class Arch:
     layers:int       # Transformer layers
     heads:int
     ff:int           # hidden width of a layer's network
-    norm_first:bool
+    norm_first:bool  # Transformer norms before each half, and one at either end
     head:int         # hidden width of the CTC head; 0 = one linear layer
     dropout:float=0.1
     stn:bool=False   # straighten each frame first
+    standardise:bool=False # bring each frame to mean 0 and variance 1 before anything else
 
 # %% ../nbs/22_restran.ipynb #0007
 _RESNET34 = dict(widths=(64, 128, 256, 512), depths=(3, 4, 6, 3), strides=(1, 2, (2, 1), (2, 1)), stem=7, pool=True)
@@ -40,7 +41,7 @@ PRESETS = {
     'restran_stn': Arch(**_RESTRAN, refiner=2, head=1024, stn=True),
     'restran_31m': Arch(**_RESTRAN, refiner=0, head=0, stn=True),
     'restran_tiny': Arch(widths=(24, 48, 72), depths=(1, 1, 1), strides=(1, 2, (2, 1)), stem=5, pool=True, refiner=1, fusion=32,
-                         layers=2, heads=4, ff=144, norm_first=True, head=0, dropout=0.),
+                         layers=2, heads=4, ff=144, norm_first=True, head=0, dropout=0., standardise=True),
 }
 
 # %% ../nbs/22_restran.ipynb #0009
@@ -49,13 +50,15 @@ class ResTranOCR(nn.Module):
     def __init__(self, arch:Arch, n_classes:int=37): # classes count the blank
         super().__init__()
         self.arch, d = arch, arch.widths[-1]
+        self.standardise = nn.GroupNorm(1, 3, affine=False) if arch.standardise else nn.Identity()
         self.stn = STN() if arch.stn else nn.Identity()
         self.backbone = ResNet(arch.widths, arch.depths, arch.strides, arch.stem, arch.pool)
         self.refiner = Refiner(d, arch.refiner)
         self.fusion = AttentionFusion(d, arch.fusion)
+        self.norm_in = nn.LayerNorm(d) if arch.norm_first else nn.Identity()
         self.positions = Positions()
         self.encoder = nn.Sequential(*(EncoderLayer(d, arch.heads, arch.ff, arch.dropout, arch.norm_first) for _ in range(arch.layers)))
-        self.norm = nn.LayerNorm(d) if arch.norm_first else nn.Identity()
+        self.norm_out = nn.LayerNorm(d) if arch.norm_first else nn.Identity()
         self.head = (nn.Sequential(nn.Linear(d, arch.head), nn.ReLU(), nn.Linear(arch.head, n_classes)) if arch.head
                      else nn.Linear(d, n_classes))
         self.to(memory_format=torch.channels_last) # convolutions a third faster on a CPU, and bf16 ones on a GPU
@@ -63,10 +66,11 @@ class ResTranOCR(nn.Module):
     def forward_taps(self, x:Tensor) -> TapOut: # (b,f,3,h,w) in [-1,1]
         if x.ndim != 5: raise KdocrError(f'images {tuple(x.shape)}: expected (b,f,3,h,w), a track of f frames each')
         b, f = x.shape[:2]
-        x = self.refiner(self.backbone(self.stn(x.flatten(0, 1)))) # (bf,d,rows,t)
+        x = self.stn(self.standardise(x.flatten(0, 1)))            # (bf,3,h,w)
+        x = self.refiner(self.backbone(x))                         # (bf,d,rows,t)
         x = x.mean(2).transpose(1, 2).unflatten(0, (b, f))         # (b,f,t,d)
-        bb = self.fusion(x)                                        # (b,t,d)
-        tr = self.norm(self.encoder(self.positions(bb)))           # (b,t,d)
+        bb = self.norm_in(self.fusion(x))                          # (b,t,d)
+        tr = self.norm_out(self.encoder(self.positions(bb)))       # (b,t,d)
         return TapOut(self.head(tr), {'backbone_out': bb, 'transformer_out': tr})
 
     def forward(self, x): return self.forward_taps(x).logits # (b,t,n_classes)

@@ -70,7 +70,7 @@ def test_unknown_tap_is_named():
 def test_hook_taps_agree_with_returned_taps(tiny):
     plain, x = ResTranOCR(tiny.arch).eval(), images()
     plain.load_state_dict(tiny.state_dict())
-    ours, hooked = plain.forward_taps(x), HookTaps(plain, {'backbone_out': 'fusion', 'transformer_out': 'norm'})(x)
+    ours, hooked = plain.forward_taps(x), HookTaps(plain, {'backbone_out': 'norm_in', 'transformer_out': 'norm_out'})(x)
     assert torch.equal(ours.logits, hooked.logits)
     for k in ours.taps: assert torch.equal(ours.taps[k], hooked.taps[k])
 
