@@ -8,6 +8,7 @@ __all__ = ['TERMS', 'STARTS', 'STYLE', 'CUTS', 'use_style', 'arm_styles', 'term_
            'plot_readings', 'save_figure']
 
 # %% ../nbs/51_figures.ipynb #0002
+import textwrap
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -92,6 +93,7 @@ def plot_arms(table:pd.DataFrame, # as `compare.arms_table` makes it
     n = '/'.join(str(x) for x in dict.fromkeys(table.tracks))
     ax.set(yticks=range(len(table)), yticklabels=table.arm, ylim=(len(table) - .5, -.5), xlabel=f'exact match (%), 95 % interval, n = {n} held-out tracks')
     ax.margins(x=.12)
+    ax.set_xlim(left=max(-2, ax.get_xlim()[0]))
     ax.grid(axis='y', visible=False)
     return ax
 
@@ -125,29 +127,32 @@ def plot_cut(frame:pd.DataFrame, # as `cut` makes it
     return ax
 
 # %% ../nbs/51_figures.ipynb #0017
-def _strip(ax, image, width, label, **kw):
+def _strip(ax, image, width, left, right='', **kw):
     im = ax.imshow(image, extent=(0, width, 1, 0), aspect='auto', interpolation='nearest', **kw)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
-    ax.set_ylabel(label, rotation=0, ha='right', va='center', fontsize=8)
+    ax.set_ylabel(left, rotation=0, ha='right', va='center', fontsize=8)
+    ax.text(1.01, .5, right, transform=ax.transAxes, va='center', fontsize=7.5)
     return im
 
 def plot_alignment(axes,               # 3 + 2 per student, from the top
-                   hr, lr,             # (H,W,3) uint8: what the teacher and the students see
+                   hr, lr,             # (H,W,3): what the teacher and the students see
                    teacher,            # (t,3) colours in 0..1
                    students:dict,      # label -> (t,3) colours in 0..1
                    cosines:dict,       # label -> (t,) cosine with the teacher
-                   title:str=''):
-    "Pictures, maps and cosines of one plate, in one column of axes that share the plate's width."
+                   title:str='',
+                   names:bool=True):   # name the rows, as the first of several columns does
+    "Pictures, maps and cosines of one plate, in one column of axes that share the plate's width; the mean cosine stands at the right."
     w, strips = hr.shape[1], iter(axes)
+    name = (lambda n: n) if names else (lambda n: '')
     top = next(strips)
-    _strip(top, hr, w, 'HR, the teacher sees')
+    _strip(top, hr, w, name('HR, the teacher sees'))
     top.set_title(title)
-    _strip(next(strips), lr, w, 'LR, the students see')
-    _strip(next(strips), teacher[None], w, 'teacher')
+    _strip(next(strips), lr, w, name('LR, the students see'))
+    _strip(next(strips), teacher[None], w, name('teacher'))
     for label, colours in students.items():
-        _strip(next(strips), colours[None], w, label)
-        im = _strip(next(strips), cosines[label][None], w, f'cosine, mean {cosines[label].mean():.2f}', cmap='cividis', vmin=0, vmax=1)
+        _strip(next(strips), colours[None], w, name(label))
+        im = _strip(next(strips), cosines[label][None], w, name('cosine'), f'{cosines[label].mean():.2f}', cmap='cividis', vmin=0, vmax=1)
     return im
 
 # %% ../nbs/51_figures.ipynb #001a
@@ -161,7 +166,8 @@ def plot_taps(frame:pd.DataFrame, # arm, tap, and the measure
     for i, t in enumerate(taps):
         bars = ax.bar(np.arange(len(arms)) + .26 * (i - (len(taps) - 1) / 2), [at[a, t] for a in arms], .24, color=TERMS[t][1], label=TERMS[t][0])
         for a, bar in zip(arms, bars): bar.set(hatch='////' if 'control' in a else None, edgecolor='white', linewidth=0)
-    ax.set(xticks=range(len(arms)), xticklabels=[a.replace(', ', ',\n') for a in arms], ylabel=ylabel)
+    ax.set_xticks(range(len(arms)), [textwrap.fill(a, 12) for a in arms], fontsize=8)
+    ax.set_ylabel(ylabel)
     ax.grid(axis='x', visible=False)
     ax.legend(ncols=3, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1))
     return ax
@@ -169,14 +175,16 @@ def plot_taps(frame:pd.DataFrame, # arm, tap, and the measure
 # %% ../nbs/51_figures.ipynb #001d
 def plot_cka_accuracy(frame:pd.DataFrame, # arm, tap, cka, exact
                       ax=None):
-    "Alignment against accuracy: a colour a tap, hollow for a control."
+    "Alignment against accuracy: a colour a tap, a shape an arm, hollow for a control."
     ax = ax or plt.subplots()[1]
+    shapes = dict(zip(dict.fromkeys(frame.arm), 'osD^vP*X'))
     for r in frame.itertuples():
         c = TERMS[r.tap][1]
-        ax.plot(r.cka, 100 * r.exact, 'o', ms=7, color=c, mfc='white' if 'control' in r.arm else c)
-    for a, f in frame.groupby('arm', sort=False): ax.annotate(a, (f.cka.max(), 100 * f.exact.iloc[0]), xytext=(7, 0), textcoords='offset points', fontsize=7.5, va='center')
+        ax.plot(r.cka, 100 * r.exact, shapes[r.arm], ms=7, color=c, mfc='white' if 'control' in r.arm else c)
+    for a, shape in shapes.items(): ax.plot([], [], shape, color='0.4', mfc='white' if 'control' in a else '0.4', label=a)
+    for t in dict.fromkeys(frame.tap): ax.plot([], [], 's', ms=4, color=TERMS[t][1], label=TERMS[t][0])
     ax.set(xlabel='debiased linear CKA with the teacher', ylabel='exact match (%)')
-    ax.margins(x=.35, y=.15)
+    ax.legend(loc='center left', bbox_to_anchor=(1, .5), fontsize=8)
     return ax
 
 # %% ../nbs/51_figures.ipynb #0020

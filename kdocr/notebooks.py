@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'shipped_notebooks', 'notebook_path', 'parameters', 'cast', 'check_parameters', 'NotebookRun', 'interrupt',
-           'run_notebook']
+           'start_notebook', 'finish', 'run_notebook']
 
 # %% ../nbs/52_notebooks.ipynb #0002
-import ast, os, shutil, signal, tempfile, time
+import ast, os, shutil, signal, subprocess, tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.resources import files
 from pathlib import Path
@@ -90,7 +90,7 @@ class NotebookRun:
         run, sockets = self, tempfile.mkdtemp(prefix='kdocr-')
         class Manager(AsyncKernelManager):
             async def start_kernel(self, **kw):
-                await super().start_kernel(**kw)
+                await super().start_kernel(stderr=subprocess.DEVNULL, **kw) # a kernel's own log; what cells print goes into the notebook
                 run.kernel = self.provisioner
         traits = Traits(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')) # sockets in a folder of their own: no ports to race for
         try: papermill.execute_notebook(str(self.notebook), str(self.kept).replace('{', '{{').replace('}', '}}'), params, kernel_name='python3',
@@ -117,22 +117,30 @@ def interrupt(runs:list[NotebookRun], grace:float=30 # seconds before the kernel
              ) -> None:
     "Ask running notebooks to stop, and wait until they have."
     for r in runs: r.signal(signal.SIGINT)
-    until = time.monotonic() + grace
-    while any(not r.done() for r in runs) and time.monotonic() < until: time.sleep(.1)
-    for r in runs: r.signal(signal.SIGKILL)
+    try: wait([r.future for r in runs], timeout=grace)
+    finally: # also when the user does not want to wait
+        for r in runs: r.signal(signal.SIGKILL)
 
-def run_notebook(notebook:str|Path,   # a path, or a shipped notebook's name
-                 out:str|Path,        # folder that keeps the executed notebook
-                 params:dict|None=None # values for its parameters, strings are cast
-                ) -> Path:            # the executed notebook
-    "Execute a notebook headless. Raises `KdocrError` when a cell failed; the executed notebook is kept all the same."
+def start_notebook(notebook:str|Path,    # a path, or a shipped notebook's name
+                   out:str|Path,         # folder that keeps the executed notebook
+                   params:dict|None=None # values for its parameters; strings are cast
+                  ) -> NotebookRun:
+    "Begin to execute a notebook headless, after its parameters were checked."
     notebook = notebook_path(notebook)
     params = check_parameters(notebook, params or {})
     kept = Path(out).absolute()/notebook.name
     kept.parent.mkdir(parents=True, exist_ok=True)
+    return NotebookRun(notebook, kept, params)
+
+def finish(runs:list[NotebookRun]) -> list[Path]: # the executed notebooks
+    "Wait for all of them. Raises `KdocrError` when a cell failed, `Stopped` after a signal; what was executed is kept all the same."
     with stop_signals() as asked:
-        run = NotebookRun(notebook, kept, params)
-        while not asked and not run.done(): wait([run.future], timeout=.2)
-        if not asked: return run.result()
-        interrupt([run])
-    raise Stopped(asked[0], f'{kept} is kept; the same command goes on')
+        try:
+            while not asked and not all(r.done() for r in runs): wait([r.future for r in runs], timeout=.2)
+        finally: interrupt(runs)
+    if asked: raise Stopped(asked[0], f'{runs[0].kept} is kept; the same command goes on')
+    return [r.result() for r in runs]
+
+def run_notebook(notebook:str|Path, out:str|Path, params:dict|None=None) -> Path: # the executed notebook
+    "`start_notebook` and `finish` in one."
+    return finish([start_notebook(notebook, out, params)])[0]

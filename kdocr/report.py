@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
-from .core import atomic_write, progress, read_json
+from .core import atomic_write, read_json
 from .compare import Run, arms_table, comparisons, labels, pct, read_run, verdict
 from .figures import cut, plot_arms, plot_cut, save_figure, use_style
-from .notebooks import run_notebook
+from .notebooks import finish, start_notebook
 from .run import RunFolder
 
 # %% ../nbs/53_report.ipynb #0005
@@ -69,9 +69,9 @@ h3 { font-size: 1.1rem; margin: 2rem 0 .4rem } p, li { max-width: 46rem } a { co
 .verdict p { margin: .35rem 0 } .verdict p:first-child { font-size: 1.12rem; font-weight: 600 }
 .note { border-left: 4px solid #e69f00; background: #fdf7ea; padding: .5rem 1.2rem; margin: 0 0 1.6rem } .note p { margin: .3rem 0 }
 blockquote { margin: .2rem 0 1rem; color: var(--soft) } blockquote p { margin: 0 }
-.scroll { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0; font-size: .94rem; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto } table, th, td { border: 0 } table { border-collapse: collapse; margin: 1rem 0; font-size: .94rem; font-variant-numeric: tabular-nums }
 th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line) } th, td { padding: .35rem 1.1rem .35rem 0; vertical-align: top }
-td { border-bottom: 1px solid var(--line) } .n { text-align: right; white-space: nowrap } tr.best td { font-weight: 700 }
+td, tbody th { border-bottom: 1px solid var(--line) } td:first-child { white-space: nowrap } .dataframe td { text-align: right } .n { text-align: right; white-space: nowrap } tr.best td { font-weight: 700 }
 img { max-width: 100%; height: auto; display: block; margin: .8rem 0 } pre { font-size: .84rem; white-space: pre-wrap; background: #f7f8f9; padding: .6rem .9rem; overflow-x: auto }
 code { font-size: .88em; background: #f3f4f6; padding: .1em .3em } footer { margin-top: 3rem; color: var(--soft); font-size: .86rem }
 '''
@@ -128,8 +128,8 @@ def report(runs:list[str|Path],         # run folders, finished
         use_style()
         parts = summary_html(runs, folder/'figures')
     plt.switch_backend(backend)
-    for name in progress(ANALYSES, desc='report'):
-        parts.append(notebook_html(run_notebook(name, folder, {'runs': [str(r.path) for r in runs], 'out': str(folder)})))
+    params = {'runs': [r.path for r in runs], 'out': folder}
+    parts += [notebook_html(done) for done in finish([start_notebook(name, folder, params) for name in ANALYSES])]
     note = f'<div class=note><p>{html.escape(note)}</p></div>' if note else ''
     with atomic_write(out) as tmp: tmp.write_text(page('Does a low-resolution reader learn from its high-resolution teacher?', note, *parts, made_of(runs)), encoding='utf-8')
     return out
