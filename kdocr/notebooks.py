@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
+import nbformat
 import papermill
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from pydantic import TypeAdapter, ValidationError
 from traitlets.config import Config as Traits
-from .core import KdocrError, Stopped, nearest, stop_signals
+from .core import KdocrError, Stopped, nearest, progress, stop_signals
 from .config import Config
 
 # %% ../nbs/52_notebooks.ipynb #0005
@@ -82,6 +83,7 @@ class NotebookRun:
                  kept:Path,           # where the executed notebook is kept, also on failure
                  params:dict):        # checked and cast
         self.notebook, self.kept, self.kernel = notebook, kept, None
+        self.cells, self.executed = sum(c.cell_type == 'code' for c in nbformat.read(notebook, 4).cells) + bool(params), 0
         pool = ThreadPoolExecutor(1, 'notebook')
         self.future = pool.submit(self._execute, params)
         pool.shutdown(wait=False)
@@ -94,8 +96,10 @@ class NotebookRun:
                 run.kernel = self.provisioner
         traits = Traits(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')) # sockets in a folder of their own: no ports to race for
         try: papermill.execute_notebook(str(self.notebook), str(self.kept).replace('{', '{{').replace('}', '}}'), params, kernel_name='python3',
-                                        progress_bar=False, config=traits, kernel_manager_class=Manager)
+                                        progress_bar=False, config=traits, kernel_manager_class=Manager, on_cell_executed=self._count)
         finally: shutil.rmtree(sockets, ignore_errors=True)
+
+    def _count(self, **_): self.executed += 1
 
     def done(self) -> bool: return self.future.done()
 
@@ -132,15 +136,19 @@ def start_notebook(notebook:str|Path,    # a path, or a shipped notebook's name
     kept.parent.mkdir(parents=True, exist_ok=True)
     return NotebookRun(notebook, kept, params)
 
-def finish(runs:list[NotebookRun]) -> list[Path]: # the executed notebooks
+def finish(runs:list[NotebookRun],
+           desc:str='notebooks' # for the bar, which counts cells
+          ) -> list[Path]:      # the executed notebooks
     "Wait for all of them. Raises `KdocrError` when a cell failed, `Stopped` after a signal; what was executed is kept all the same."
-    with stop_signals() as asked:
+    with stop_signals() as asked, progress(total=sum(r.cells for r in runs), desc=desc, unit='cell') as bar:
         try:
-            while not asked and not all(r.done() for r in runs): wait([r.future for r in runs], timeout=.2)
+            while not asked and not all(r.done() for r in runs):
+                wait([r.future for r in runs], timeout=.2)
+                bar.update(sum(r.executed for r in runs) - bar.n)
         finally: interrupt(runs)
     if asked: raise Stopped(asked[0], f'{runs[0].kept} is kept; the same command goes on')
     return [r.result() for r in runs]
 
 def run_notebook(notebook:str|Path, out:str|Path, params:dict|None=None) -> Path: # the executed notebook
     "`start_notebook` and `finish` in one."
-    return finish([start_notebook(notebook, out, params)])[0]
+    return finish([start_notebook(notebook, out, params)], notebook_path(notebook).stem)[0]

@@ -129,7 +129,7 @@ def report(runs:list[str|Path],         # run folders, finished
         parts = summary_html(runs, folder/'figures')
     plt.switch_backend(backend)
     params = {'runs': [r.path for r in runs], 'out': folder}
-    parts += [notebook_html(done) for done in finish([start_notebook(name, folder, params) for name in ANALYSES])]
+    parts += [notebook_html(done) for done in finish([start_notebook(name, folder, params) for name in ANALYSES], 'report')]
     note = f'<div class=note><p>{html.escape(note)}</p></div>' if note else ''
     with atomic_write(out) as tmp: tmp.write_text(page('Does a low-resolution reader learn from its high-resolution teacher?', note, *parts, made_of(runs)), encoding='utf-8')
     return out
