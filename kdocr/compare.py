@@ -22,7 +22,7 @@ class Run(NamedTuple):
     "What comparing needs of a finished run."
     path: Path                         # the run folder
     cfg: Config
-    parts: dict[str, list[Prediction]] # 'val'; 'test' where there are held-out texts; 'lr', a teacher's readings of LR
+    parts: dict[str, list[Prediction]] # 'val' (a teacher's is HR) and, where held-out texts are known, 'test' (always LR)
 
     @property
     def preds(self) -> list[Prediction]:
@@ -123,7 +123,7 @@ def arms_table(runs:list[Run]) -> pd.DataFrame:
                     lo=lo, hi=hi, cer=cer(preds), confidence_gap=confidence_gap(preds))
     def rows(label, r):
         if r.cfg.mode == 'student': return [row(label, r, r.preds)]
-        return [row(f'{label}, reading {sees}', r, r.parts[part]) for part, sees in (('val', 'HR'), ('lr', 'LR')) if part in r.parts]
+        return [row(f'{label}, reading {sees}', r, r.parts[part]) for part, sees in (('val', 'HR'), ('test', 'LR')) if part in r.parts]
     return pd.DataFrame([row for x in zip(labels([r.cfg for r in runs]), runs) for row in rows(*x)])
 
 # %% ../nbs/50_compare.ipynb #0023
@@ -163,5 +163,5 @@ def verdict(runs:list[Run]) -> list[str]: # one sentence or two for each thing t
                     f'{c.won} tracks won, {c.lost} lost, McNemar p = {c.p:.2g}).')
     said += [ONE_SEED] * (len(said) > 1)
     for r in runs:
-        if 'lr' in r.parts: said.append(f"For scale: their teacher reads {pct(recognition_rate(r.parts['val']))} % of held-out HR pictures and {pct(recognition_rate(r.parts['lr']))} % of the students' LR pictures.")
+        if r.cfg.mode == 'teacher' and 'test' in r.parts: said.append(f"For scale: the teacher reads {pct(recognition_rate(r.parts['val']))} % of held-out HR pictures and {pct(recognition_rate(r.parts['test']))} % of the students' LR pictures.")
     return said
