@@ -97,17 +97,21 @@ class AttentionFusion(nn.Module):
     def forward(self, x): return (self.weights(x) * x).sum(1) # (b,f,t,d) -> (b,t,d)
 
 # %% ../nbs/21_blocks.ipynb #0018
-def sinusoids(t:int, d:int, device=None) -> Tensor: # (t,d)
-    "Sine and cosine of the place at `d/2` wavelengths from 2π to 20,000π."
-    rate = torch.exp(torch.arange(0, d, 2, device=device) * (-math.log(10_000)/d))
+def sinusoids(t:int, d:int,
+              shortest:float=2*math.pi, longest:float=20_000*math.pi, # wavelengths, in steps
+              device=None) -> Tensor: # (t,d)
+    "Sine and cosine of the place at `d/2` wavelengths in geometric order; the defaults are those of Vaswani et al."
+    share = torch.arange(0, d, 2, device=device)/d
+    rate = 2*math.pi/shortest * (shortest/longest)**share
     angle = torch.arange(t, device=device)[:, None] * rate
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
 
 class Positions(nn.Module):
     "Adds each step's place to it."
-    def forward(self, x): return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype) # (b,t,d)
+    def __init__(self, wavelengths:tuple): super().__init__(); self.wavelengths = wavelengths # (shortest, longest) in steps
+    def forward(self, x): return x + sinusoids(x.shape[1], x.shape[2], *self.wavelengths, x.device).to(x.dtype) # (b,t,d)
 
-# %% ../nbs/21_blocks.ipynb #001b
+# %% ../nbs/21_blocks.ipynb #001c
 class EncoderLayer(nn.Module):
     "Self-attention and a two-layer network, each with a way around it."
     def __init__(self, d:int, heads:int, ff:int,

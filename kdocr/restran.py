@@ -6,6 +6,7 @@
 __all__ = ['PRESETS', 'Arch', 'ResTranOCR', 'ResTranOCR_Distill', 'make_model']
 
 # %% ../nbs/22_restran.ipynb #0002
+import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class Arch:
     head:int         # hidden width of the CTC head; 0 = one linear layer
     dropout:float=0.1
     stn:bool=False   # straighten each frame first
+    wavelengths:tuple=(2*math.pi, 20_000*math.pi) # of the positions, in steps
     standardise:bool=False # bring each frame to mean 0 and variance 1 before anything else
 
 # %% ../nbs/22_restran.ipynb #0007
@@ -41,7 +43,7 @@ PRESETS = {
     'restran_stn': Arch(**_RESTRAN, refiner=2, head=1024, stn=True),
     'restran_31m': Arch(**_RESTRAN, refiner=0, head=0, stn=True),
     'restran_tiny': Arch(widths=(24, 48, 72), depths=(1, 1, 1), strides=(1, 2, (2, 1)), stem=5, pool=True, refiner=1, fusion=32,
-                         layers=2, heads=4, ff=144, norm_first=True, head=0, dropout=0., standardise=True),
+                         layers=2, heads=4, ff=144, norm_first=True, head=0, dropout=0., wavelengths=(2, 32), standardise=True),
 }
 
 # %% ../nbs/22_restran.ipynb #0009
@@ -56,7 +58,7 @@ class ResTranOCR(nn.Module):
         self.refiner = Refiner(d, arch.refiner)
         self.fusion = AttentionFusion(d, arch.fusion)
         self.norm_in = nn.LayerNorm(d) if arch.norm_first else nn.Identity()
-        self.positions = Positions()
+        self.positions = Positions(arch.wavelengths)
         self.encoder = nn.Sequential(*(EncoderLayer(d, arch.heads, arch.ff, arch.dropout, arch.norm_first) for _ in range(arch.layers)))
         self.norm_out = nn.LayerNorm(d) if arch.norm_first else nn.Identity()
         self.head = (nn.Sequential(nn.Linear(d, arch.head), nn.ReLU(), nn.Linear(arch.head, n_classes)) if arch.head
