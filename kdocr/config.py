@@ -65,6 +65,9 @@ class Config(BaseModel):
     augment: float = Field(1.0, ge=0, le=3)
     "Strength of geometry and light in training; 0: none."
 
+    recombine: float = Field(0.0, ge=0, le=1)
+    "Share of training pictures that join the letters of one plate to the rest of another: for data with few texts."
+
     model_type: str = 'restran_tiny'
     "Architecture of the teacher: restran (41 M parameters), restran_31m or restran_tiny (for a CPU)."
     student_model_type: str = 'restran_tiny'
@@ -100,7 +103,7 @@ class Config(BaseModel):
     "Steps between two writes of the log; every step is in it."
 
     seed: int = Field(0, ge=0)
-    "Decides the weights, the batches, the augmentation and the split."
+    "Decides the weights, the batches and the augmentation; the split is the data's own."
     device: str = 'auto'
     "auto: CUDA where there is one; or a torch device."
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto'
