@@ -153,10 +153,12 @@ def verdict(runs:list[Run]) -> list[str]: # one sentence or two for each thing t
     "Who won, and what distillation did for each start."
     students = [r for r in runs if r.cfg.mode == 'student']
     if not students: return ['No student among the runs: nothing to compare.']
-    table = arms_table(students).sort_values('exact', ascending=False, kind='stable')
-    best = table.iloc[0]
-    said = [f'Best of {len(table)} students on {best.tracks} held-out low-resolution tracks: {best.arm}, {pct(best.exact)} % exact match '
-            f'(95 % interval {pct(best.lo)} to {pct(best.hi)}).']
+    table = arms_table(students)
+    best = table[table.exact == table.exact.max()]
+    first = best.iloc[0]
+    if first.exact == 0: said = [f'None of the {len(table)} students reads a single one of the {first.tracks} held-out low-resolution tracks: no arm won.']
+    else: said = [f'Best of {len(table)} students on {first.tracks} held-out low-resolution tracks: {" and ".join(best.arm)}, {pct(first.exact)} % exact match '
+                  f'(95 % interval {pct(first.lo)} to {pct(first.hi)}).']
     for c in comparisons(students).itertuples():
         what = 'no certain difference' if c.lo <= 0 <= c.hi else 'better than its control' if c.mean > 0 else 'WORSE than its control'
         said.append(f'{c.arm}: {what}, {100 * c.mean:+.1f} points (paired 95 % interval {100 * c.lo:+.1f} to {100 * c.hi:+.1f}; '

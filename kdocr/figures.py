@@ -197,7 +197,7 @@ def plot_spikes(ids:dict,    # label -> (n,t) class numbers, 0 the blank
         said = np.asarray(said)
         ax.imshow(said > 0, cmap='Greys', vmin=0, vmax=4, aspect='auto', interpolation='nearest')
         for (y, x) in np.argwhere(said): ax.text(x, y, chars[said[y, x] - 1], ha='center', va='center', fontsize=6.5)
-        ax.set(title=label, xlabel='time step', xticks=range(0, said.shape[1], 4), yticks=[])
+        ax.set(title=label.replace(', ', ',\n'), xlabel='time step', xticks=range(0, said.shape[1], 4), yticks=[])
         ax.grid(False)
     axes[0].set_ylabel(f'plates (n = {len(said)})')
     return axes
