@@ -79,6 +79,7 @@ class Refiner(nn.Sequential):
         super().__init__(*(RefinerBlock(c) for _ in range(depth)))
 
 class RefinerBlock(nn.Module):
+    "`relu(x + attention(f(x)))`"
     def __init__(self, c):
         super().__init__()
         self.f = nn.Sequential(conv_bn(c, c), nn.ReLU(), conv_bn(c, c), ChannelAttention(c))
