@@ -76,8 +76,8 @@ class Stepper:
         self.model, self.params = model, [p for m in self.modules.values() for p in m.parameters()]
         self.opt = torch.optim.AdamW(self.params, cfg.lr, weight_decay=cfg.weight_decay, fused=self.device.type in ('cpu', 'cuda'))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'fp16')
-        self.per_epoch = math.ceil(len(data.train) / cfg.batch_size)
-        self.total = cfg.steps or cfg.epochs * self.per_epoch
+        self.per_epoch = len(data.train) / cfg.batch_size
+        self.total = cfg.steps or math.ceil(cfg.epochs * self.per_epoch)
 
     def batch(self, step:int) -> PlateBatch:
         "The batch of any step, past or future."

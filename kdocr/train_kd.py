@@ -10,15 +10,18 @@ import sys
 from typing import Annotated, Literal, TypedDict, get_args, get_origin
 import torch
 import tyro
+from torch import nn
 from .core import KdocrError, guard, nearest, read_json
 from .config import Config, load_config
-from .data import open_data
+from .data import Data, open_data
 from .run import RunFolder, environment, state_hash
 from .train import Trainer, pick_device
 from .distill import TrainerDistill, load_teacher, new_model, new_student
 
 # %% ../nbs/43_train_kd.ipynb #0005
-def new_trainer(cfg:Config, run:RunFolder, data, teacher) -> Trainer:
+def new_trainer(cfg:Config, run:RunFolder, data:Data,
+                teacher:nn.Module|None # of student mode
+               ) -> Trainer:
     "The trainer that `cfg` asks for."
     if cfg.mode == 'teacher': return Trainer(cfg, run, data, new_model(cfg, cfg.model_type))
     student = new_student(cfg, data.split.hash)
@@ -32,21 +35,22 @@ def train_kd(cfg:Config) -> RunFolder: # the finished run
     teacher = load_teacher(cfg, data.split.hash) if cfg.mode == 'student' and cfg.teacher_checkpoint else None
     ids = dict(data_fingerprint=data.fingerprint, split_hash=data.split.hash, teacher_hash=teacher and state_hash(teacher))
     with run.alone():
+        trainer = None if run.finished else new_trainer(cfg, run, data, teacher)
         run.claim(cfg, ids, environment(pick_device(cfg.device), cfg.threads))
-        if not run.finished: new_trainer(cfg, run, data, teacher).fit()
+        if trainer: trainer.fit()
         elif cfg.mode == 'teacher' and not run.published.exists(): run.publish()
     return run
 
 # %% ../nbs/43_train_kd.ipynb #000d
-def _flag(help:str, default=None, choices=(), alias:str|None=None):
-    hint = '' if default is None else f'(default: {default})'
-    return Annotated[str, tyro.conf.arg(help=help, help_behavior_hint=hint, metavar='{%s}' % ','.join(choices) if choices else 'VALUE', aliases=alias and [alias])]
+def _flag(name, field):
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return Annotated[str, tyro.conf.arg(help=field.description, help_behavior_hint=f'(default: {field.default})',
+                                        metavar='{%s}' % ','.join(choices) if choices else 'VALUE',
+                                        aliases=['--teacher-ckpt'] if name == 'teacher_checkpoint' else None)]
 
-def _choices(f): return get_args(f.annotation) if get_origin(f.annotation) is Literal else ()
-
-Flags = TypedDict('Flags', {
-    'config': _flag('YAML file, or the name of a shipped one, whose values win over the defaults; flags win over it.'),
-    **{k: _flag(f.description, f.default, _choices(f), '--teacher-ckpt' if k == 'teacher_checkpoint' else None) for k, f in Config.model_fields.items()}}, total=False)
+_HELP = 'A YAML file, or the name of a shipped one: its values win over the defaults, flags win over it.'
+Flags = TypedDict('Flags', {'config': Annotated[str, tyro.conf.arg(help=_HELP, help_behavior_hint='(default: none)', metavar='FILE')],
+                            **{name: _flag(name, field) for name, field in Config.model_fields.items()}}, total=False)
 
 def parse(argv:list[str]) -> Config:
     "The config of a command line. Raises `KdocrError` naming an unknown flag and the nearest known one."
@@ -59,9 +63,9 @@ def parse(argv:list[str]) -> Config:
 # %% ../nbs/43_train_kd.ipynb #0010
 def summary(run:RunFolder) -> str:
     "One line on a finished run."
-    scores = read_json(run.scores)
-    parts = [f"{part} {s['rr']:.1%} of {s['n']} right, CER {s['cer']:.1%}" for part in ('val', 'test') if (s := scores.get(part)) and s['n']]
-    return f"{run.path}: {'; '.join(parts)} (best of {scores['steps']} steps: {scores['step']})"
+    scores, sees = read_json(run.scores), {'val': 'HR' if load_config(run.config).mode == 'teacher' else 'LR', 'test': 'LR'}
+    parts = [f"{part} ({sees[part]}) {s['rr']:.1%} of {s['n']} right, CER {s['cer']:.1%}" for part in sees if (s := scores.get(part))]
+    return f"{run.path}: {'; '.join(parts)}; best step {scores['step']} of {scores['steps']}"
 
 def main(argv:list[str]|None=None) -> int: # the exit status
     "The command `train_kd`."

@@ -104,7 +104,7 @@ def test_a_finished_run_is_reported_not_trained(teacher_run, capsys, monkeypatch
     monkeypatch.setattr(Trainer, 'fit', lambda self: pytest.fail('trained again'))
     before = {p: p.read_bytes() for p in teacher_run.path.rglob('*') if p.is_file() and p.name != 'env.json'}
     assert main([*flags(**SMALL, data=drawn(), out=teacher_run.path.parent, name='hr')]) == 0
-    assert f'{teacher_run.path}: val' in capsys.readouterr().out
+    assert f'{teacher_run.path}: val (HR)' in capsys.readouterr().out
     assert before == {p: p.read_bytes() for p in before}
 
 
@@ -185,5 +185,5 @@ def test_the_seeds_two_lines(tmp_path):
                   '-m kdocr.train_kd --mode student --config icpr_distill --student-init teacher --name from_teacher'):
         done = line(words)
         assert done.returncode == 0, done.stderr
-    assert 'results/from_teacher: val' in done.stdout
+    assert 'results/from_teacher: val (LR)' in done.stdout
     assert {p.name for p in (tmp_path/'results').iterdir()} >= {'restran_hr_teacher', 'restran_hr_teacher_best.pth', 'restran_lr_student', 'from_teacher'}
