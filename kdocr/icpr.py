@@ -95,7 +95,7 @@ def _frames(folder:Path, sizes:dict[str, int], kind:str) -> tuple[tuple[Path, ..
     return tuple(found[n] for n in sorted(found)), faults + (gaps if found else [Fault(folder, f'no {kind.upper()} frames')])
 
 # %% ../nbs/12_icpr.ipynb #0013
-def _track_folders(folder:Path, faults:list[Fault], above:tuple[str, ...]=(), depth:int=8) -> Iterator[tuple[Path, dict[str, int], tuple[str, ...]]]:
+def _track_folders(folder:Path, faults:list[Fault], above:tuple[str, ...]=(), depth:int=16) -> Iterator[tuple[Path, dict[str, int], tuple[str, ...]]]:
     "Every track folder: its path, its files' sizes in bytes, and the names of the folders above it."
     try:
         with os.scandir(folder) as it: entries = sorted(it, key=lambda e: e.name)
