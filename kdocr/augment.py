@@ -30,9 +30,9 @@ def warp(images:Tensor, # (n,f,c,h,w) float
         ) -> Tensor:    # the same shape
     "Each track seen through its map: bilinear, the border's colour outside."
     n, f, c, h, w = images.shape
-    y, x = torch.meshgrid(_centres(h, images.device), _centres(w, images.device), indexing='ij')
-    at = torch.stack((x, y, torch.ones_like(x)), -1).view(1, h * w, 3) @ theta.to(images.device).transpose(1, 2) # (n,hw,3) homogeneous
-    grid = (at[..., :2] / at[..., 2:]).view(n, h, w, 2)
+    x, y, t = _centres(w, images.device)[:, None], _centres(h, images.device)[:, None, None], theta.to(images.device)[:, None, None]
+    at = t[..., 0] * x + (t[..., 1] * y + t[..., 2]) # (n,h,w,3) homogeneous
+    grid = at[..., :2] / at[..., 2:]                 # (n,h,w,2)
     return F.grid_sample(images.reshape(n, f * c, h, w), grid.to(images.dtype), padding_mode='border', align_corners=False).view(images.shape)
 
 def _centres(size, device): return (torch.arange(size, device=device) * 2 + 1) / size - 1

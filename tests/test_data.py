@@ -1,0 +1,363 @@
+"""From files to batches: packs that are whole or absent, batches that depend on their step alone, one geometry for both resolutions."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import kdocr.pack
+from kdocr.augment import draw_geometry, warp
+from kdocr.config import load_config
+from kdocr.core import KdocrError
+from kdocr.data import ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset, open_data, rows_of
+from kdocr.icpr import index
+from kdocr.pack import Pack, decode, open_pack, pack
+
+CPU = torch.device('cpu')
+
+
+def texts(n): return [f'{chr(65 + i % 26)}BC{i:04d}' for i in range(n)]
+
+
+def write_picture(path, rng, h, w, colour=None):
+    image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8) if colour is None else np.full((h, w, 3), colour, np.uint8)
+    cv2.imwrite(str(path), image[..., ::-1])
+
+
+def write_track(root, i, text, test=False, ext='jpg', colour=None):
+    "A track of noise; a layout of Scenario-B, or of the flat test part."
+    rng, place = np.random.default_rng(i), root/'test' if test else root/'train'/'Scenario-B'/'Brazilian'
+    folder = place/f'track_{i:05d}'
+    folder.mkdir(parents=True)
+    for n in range(1, 6):
+        write_picture(folder/f'lr-{n:03d}.{ext}', rng, 16, 40, colour)
+        if not test: write_picture(folder/f'hr-{n:03d}.{ext}', rng, 30, 80, colour)
+    if not test: (folder/'annotations.json').write_text(json.dumps(dict(plate_layout='Brazilian', plate_text=text, corners={})))
+    return folder
+
+
+@pytest.fixture
+def plates(tmp_path):
+    "Twelve tracks of Scenario-B with twelve texts, and three test tracks with theirs."
+    root = tmp_path/'plates'
+    for i, text in enumerate(texts(15)): write_track(root, i, text, test=i >= 12)
+    (root/'test_labels.csv').write_text('track,text,layout\n' + ''.join(f'track_{i:05d},{texts(15)[i]},Brazilian\n' for i in (12, 13, 14)))
+    return root
+
+
+@pytest.fixture
+def tracks(plates): return index(plates).train
+
+
+def small(tmp_path, plates, **values): return load_config(**{**dict(out=tmp_path/'out', data=plates, val_share=.25, batch_size=4), **values})
+
+
+def by_hand(n, lr, hr, degraded=None):
+    "A pack in memory."
+    heights = {k: np.arange(n)[:, None].repeat(5, 1) + base for k, base in (('lr', 10), ('hr', 100))}
+    return Pack('in memory', [f't{i}' for i in range(n)], texts(n), ['Brazilian'] * n, ['B'] * n, heights, lr, hr, degraded)
+
+
+def numbered(n=12, views=2):
+    "Every frame is one grey level that tells its track and frame: LR 5i+f, HR 60+5i+f, degraded 120+5i+f."
+    level = (np.arange(5 * n).reshape(n, 5)).astype(np.uint8)[..., None, None, None] # (n,5,1,1,1)
+    level = np.broadcast_to(level, (n, 5, 32, 128, 3))
+    return by_hand(n, level, level + 60, np.stack([level + 120] * views, 1))
+
+
+def grey(images): return (images[:, :, 0, 0, 0] * 127.5 + 127.5).round().int() # (b,f)
+
+
+# ---------------------------------------------------------------- geometry
+
+POINTS = np.array([(x, y) for y in (11.25, 20.5) for x in (24.5, 44.25, 64.75, 84.5, 103.25)]) # pixels
+
+
+def blobs(points=POINTS, h=32, w=128):
+    "Round spots at sub-pixel places, (h,w) in [0,1]."
+    y, x = np.mgrid[:h, :w]
+    return sum(np.exp(-((x - px)**2 + (y - py)**2) / (2 * 1.2**2)) for px, py in points)
+
+
+def centres(image, near, reach=4):
+    "Centres of gravity of spots, looked for around `near`; (k,2) pixels."
+    y, x = np.mgrid[:image.shape[0], :image.shape[1]]
+    out = []
+    for px, py in near:
+        ink = image * ((abs(x - px) <= reach) & (abs(y - py) <= reach))
+        out.append(((ink * x).sum() / ink.sum(), (ink * y).sum() / ink.sum()))
+    return np.array(out)
+
+
+def through(theta, points, h=32, w=128):
+    "Where the map shows pixels of the input: the inverse of `theta`, which looks from output to input."
+    n = np.column_stack(((2 * points[:, 0] + 1) / w - 1, (2 * points[:, 1] + 1) / h - 1, np.ones(len(points))))
+    at = n @ np.linalg.inv(theta.numpy().astype(float)).T
+    at = at[:, :2] / at[:, 2:]
+    return np.column_stack((((at[:, 0] + 1) * w - 1) / 2, ((at[:, 1] + 1) * h - 1) / 2))
+
+
+def test_warp_puts_pixels_where_theta_says():
+    theta = draw_geometry(20, 1., torch.Generator().manual_seed(0))
+    seen = warp(torch.tensor(blobs()).float().expand(20, 1, 1, 32, 128), theta)[:, 0, 0].numpy()
+    for t, image in zip(theta, seen):
+        expected = through(t, POINTS)
+        inside = (expected > 5).all(1) & (expected[:, 0] < 122) & (expected[:, 1] < 26)
+        assert inside.sum() >= 2
+        assert abs(centres(image, expected) - expected)[inside].max() < .1
+
+
+def test_student_and_teacher_see_one_geometry_and_the_student_a_light_of_its_own():
+    spots = np.broadcast_to(blobs()[None, None, ..., None], (16, 5, 32, 128, 3))
+    pack = by_hand(16, (60 + 90 * spots).round().astype(np.uint8), (20 + 200 * spots).round().astype(np.uint8)) # two cameras, one plate
+    batch = ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=2, augment=1., seed=3).batch(torch.arange(16), 5, CPU)
+    moved, light = [], []
+    for s, t in zip(batch.images.mean(2).flatten(0, 1).numpy(), batch.clean_hr.mean(2).flatten(0, 1).numpy()):
+        ink = abs(s - np.median(s))
+        near = np.argwhere((t == cv2.dilate(t, np.ones((9, 9)))) & (t > .2))[:, ::-1]
+        near = near[(near > 5).all(1) & (near[:, 0] < 122) & (near[:, 1] < 26)]
+        apart = centres(ink, near) - centres(t - t.min(), near)
+        assert len(near) >= 2 and abs(apart).max() < .05, 'pixels'
+        moved.append(min(np.hypot(*(POINTS - near[0]).T))); light.append(np.median(s))
+    assert max(moved) > 2 and np.std(light) > .05
+    assert abs(np.array([np.median(t) for t in batch.clean_hr.numpy()]) - (20 / 127.5 - 1)).max() < .01, 'the teacher keeps its light'
+
+
+def test_no_strength_no_change():
+    pack = numbered()
+    plain = ICPR_LPR_Distill_Dataset(pack, pack.keys, train=False).batch(torch.arange(12), 0, CPU)
+    off = ICPR_LPR_Distill_Dataset(pack, pack.keys, augment=1., train=False).batch(torch.arange(12), 9, CPU)
+    assert torch.equal(plain.images, off.images) and torch.equal(plain.clean_hr, off.clean_hr)
+
+
+# ---------------------------------------------------------------- batches
+
+def test_a_batch_is_a_function_of_rows_seed_and_step():
+    pack = numbered()
+    def make(seed=0): return ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=3, augment=1., seed=seed, student_input='mix')
+    rows = torch.tensor([7, 0, 3, 3])
+    first, other = make().batch(rows, 11, CPU), make()
+    for step in (4, 12): other.batch(rows, step, CPU)
+    torch.manual_seed(99); torch.rand(5)
+    again = other.batch(rows, 11, CPU)
+    assert torch.equal(first.images, again.images) and torch.equal(first.clean_hr, again.clean_hr)
+    assert (first.keys, first.texts, first.heights) == (again.keys, again.texts, again.heights)
+    for different in (make().batch(rows, 12, CPU), make(seed=1).batch(rows, 11, CPU)): assert not torch.equal(first.images, different.images)
+
+
+def test_rows_need_no_state_and_every_epoch_holds_every_track_once():
+    steps = [rows_of(s, 10, 4, seed=0) for s in range(25)]
+    seen = torch.cat(steps)
+    for epoch in seen.view(10, 10): assert sorted(epoch.tolist()) == list(range(10))
+    assert len({tuple(e.tolist()) for e in seen.view(10, 10)}) > 5, 'epochs differ'
+    assert all(torch.equal(rows_of(s, 10, 4, seed=0), steps[s]) for s in (24, 3, 17)), 'in any order'
+    assert not torch.equal(rows_of(0, 10, 4, seed=1), steps[0])
+    assert rows_of(0, 3, 64, seed=0).shape == (64,), 'a batch may be larger than an epoch'
+
+
+def test_training_draws_distinct_frames_and_pairs_them_by_number():
+    pack = numbered()
+    data = ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=3)
+    seen = set()
+    for step in range(20):
+        b = data.batch(torch.arange(12), step, CPU)
+        lr, hr = grey(b.images), grey(b.clean_hr)
+        assert torch.equal(hr, lr + 60) and all(len(set(r)) == 3 for r in lr.tolist())
+        assert torch.equal(lr // 5, torch.arange(12)[:, None].expand(12, 3))
+        seen |= set((lr % 5).flatten().tolist())
+    assert seen == {0, 1, 2, 3, 4}
+    val = ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=3, train=False).batch(torch.arange(12), 7, CPU)
+    assert grey(val.images).remainder(5).tolist() == [[0, 1, 2]] * 12
+
+
+@pytest.mark.parametrize('how, share', [('lr', 0.), ('degraded', 1.), ('mix', .25)])
+def test_a_degraded_input_is_a_copy_of_the_very_frame_that_the_teacher_sees(how, share):
+    pack = numbered()
+    data = ICPR_LPR_Distill_Dataset(pack, pack.keys, student_input=how, degraded_share=.25)
+    ours = [(grey(b.images) - grey(b.clean_hr)).flatten().tolist() for b in (data.batch(torch.arange(12), s, CPU) for s in range(50))]
+    count = Counter(sum(ours, []))
+    assert set(count) <= {-60, 60} and abs(count[60] / 600 - share) < .08
+
+
+def test_the_key_and_the_height_travel_with_the_picture():
+    pack = numbered()
+    b = ICPR_LPR_HR_Dataset(pack, ['t7', 't2', 't9']).batch(torch.tensor([2, 0]), 0, CPU)
+    assert (b.keys, b.texts, b.heights, len(b)) == (['t9', 't7'], [texts(10)[9], texts(10)[7]], [109, 107], 2)
+    assert b.images.shape == (2, 1, 3, 32, 128) and b.clean_hr is None
+    assert -1 <= b.images.min() and b.images.max() <= 1
+    one = ICPR_LPR_HR_Dataset(pack, ['t7', 't2', 't9'])[-1]
+    assert one.keys == ['t9'] and len(one) == 1
+
+
+def test_a_batch_without_a_teacher_is_a_standard_one():
+    b = ICPR_LPR_Distill_Dataset(numbered(), ['t0'], augment=1., clean_hr_guided=False).batch(torch.tensor([0]), 0, CPU)
+    assert b.clean_hr is None and b.to('cpu').images.shape == (1, 1, 3, 32, 128)
+
+
+def test_what_cannot_be_served_is_refused_by_name():
+    full = numbered()
+    bare = by_hand(12, full.lr, None)
+    def refused(match): return pytest.raises(KdocrError, match=match)
+    with refused('no HR frames'): ICPR_LPR_HR_Dataset(bare, bare.keys)
+    with refused('clean_hr_guided: false'): ICPR_LPR_Distill_Dataset(bare, bare.keys)
+    with refused('views'): ICPR_LPR_Distill_Dataset(by_hand(12, full.lr, full.hr), full.keys, student_input='mix')
+    with refused('known: lr, degraded, mix'): ICPR_LPR_Distill_Dataset(full, full.keys, student_input='low')
+    with refused('frames: 6'): ICPR_LPR_HR_Dataset(full, full.keys, frames=6)
+
+
+# ---------------------------------------------------------------- packs
+
+def same_arrays(a, b): return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ('lr', 'hr', 'degraded'))
+
+
+def test_a_pack_holds_what_is_on_disk_whoever_decodes_it(tracks, tmp_path):
+    one, _ = pack(tracks, tmp_path/'one', views=2, workers=1)
+    many, _ = pack(tracks, tmp_path/'many', views=2, workers=5)
+    assert same_arrays(one, many) and one.keys == [t.key for t in tracks] and one.texts == texts(12)
+    arrays, heights = decode(tracks[4], 32, 128, views=2, seed=0)
+    assert np.array_equal(one.hr[4], arrays['hr']) and np.array_equal(one.degraded[4], arrays['degraded'])
+    assert one.heights['lr'][4].tolist() == heights['lr'] == [16] * 5 and one.heights['hr'][4].tolist() == [30] * 5
+    with pytest.raises(ValueError): one.lr[0] = 0
+
+
+def test_colour_is_rgb(tmp_path):
+    write_track(tmp_path/'red', 0, 'ABC1234', ext='png', colour=(200, 30, 10))
+    p, _ = pack(index(tmp_path/'red').train, tmp_path/'packs')
+    assert p.hr[0, 0, 5, 5].tolist() == [200, 30, 10]
+
+
+def test_a_second_call_decodes_nothing(tracks, tmp_path, monkeypatch):
+    first, _ = pack(tracks, tmp_path/'packs')
+    monkeypatch.setattr(kdocr.pack, 'decode', None)
+    assert pack(tracks, tmp_path/'packs')[0].folder == first.folder
+
+
+@pytest.mark.parametrize('change', ['picture', 'text', 'size', 'views'])
+def test_a_change_makes_another_pack(plates, tmp_path, change):
+    tracks, cache = index(plates).train, tmp_path/'packs'
+    old, _ = pack(tracks, cache, views=1)
+    how = dict(views=2 if change == 'views' else 1, height=48 if change == 'size' else 32)
+    if change == 'picture': write_picture(tracks[3].lr[0], None, 16, 40, (1, 2, 3))
+    if change == 'text': (tracks[3].folder/'annotations.json').write_text(json.dumps(dict(plate_layout='Brazilian', plate_text='ZZZ9999')))
+    new, _ = pack(index(plates).train, cache, **how)
+    assert new.folder != old.folder
+    if change == 'picture': assert abs(new.lr[3, 0].astype(int) - (1, 2, 3)).max() < 6 and not old.folder.exists(), 'a stale one goes'
+    if change == 'text': assert new.texts[3] == 'ZZZ9999'
+
+
+def test_the_same_folder_by_another_path_is_the_same_pack(plates, tmp_path, monkeypatch):
+    first, _ = pack(index(plates).train, tmp_path/'packs')
+    monkeypatch.chdir(plates.parent)
+    monkeypatch.setattr(kdocr.pack, 'decode', None)
+    assert pack(index('plates').train, tmp_path/'packs')[0].folder == first.folder
+
+
+@pytest.mark.parametrize('harm', ['array cut short', 'array gone', 'index cut short', 'index gone', 'other format'])
+def test_a_pack_that_is_not_whole_is_made_again(tracks, tmp_path, harm):
+    good, _ = pack(tracks, tmp_path/'packs')
+    pixels, file = np.array(good.hr), good.folder/('hr.npy' if 'array' in harm else 'index.json')
+    if 'gone' in harm: file.unlink()
+    elif 'cut short' in harm: os.truncate(file, file.stat().st_size - 7)
+    else: file.write_text(file.read_text().replace('"format": ', '"format": 9'))
+    assert open_pack(good.folder) is None
+    assert np.array_equal(pack(tracks, tmp_path/'packs')[0].hr, pixels)
+
+
+RUN = 'import sys, time, kdocr.pack as p\nfrom kdocr.icpr import index\n'
+
+
+def start(code, *args):
+    return subprocess.Popen([sys.executable, '-c', RUN + code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_kill_leaves_nothing_half_read(plates, tracks, tmp_path):
+    cache, stuck = tmp_path/'packs', '''
+whole = p.decode
+def decode(track, *a):
+    if track.key == 'track_00007': print('half', flush=True); time.sleep(60)
+    return whole(track, *a)
+p.decode = decode
+p.pack(index(sys.argv[1]).train, sys.argv[2], workers=1)'''
+    with start(stuck, plates, cache) as killed:
+        assert killed.stdout.readline() == 'half\n'
+        killed.send_signal(signal.SIGKILL)
+    left = [f.name for f in cache.iterdir() if f.is_dir()]
+    assert len(left) == 1 and left[0].startswith('.tmp-'), 'no pack by its real name'
+    whole, faults = pack(tracks, cache)
+    assert not faults and np.array_equal(whole.hr[11], decode(tracks[11], 32, 128, 0, 0)[0]['hr'])
+    assert [f.name for f in cache.iterdir() if f.is_dir()] == [whole.folder.name], 'the orphan is swept away'
+
+
+def test_two_processes_make_one_pack(plates, tracks, tmp_path):
+    cache, both = tmp_path/'packs', '''
+whole = p.decode
+p.decode = lambda *a: (print('decoded', flush=True), time.sleep(.02), whole(*a))[2]
+print(p.pack(index(sys.argv[1]).train, sys.argv[2], workers=1)[0].hr.sum())'''
+    said = [p.communicate(timeout=60)[0].split() for p in [start(both, plates, cache) for _ in range(2)]]
+    assert said[0][-1] == said[1][-1] == str(pack(tracks, cache)[0].hr.sum())
+    assert sum(s.count('decoded') for s in said) == 12, 'each track once'
+
+
+def test_a_full_disk_is_told_before_the_work(tracks, tmp_path, monkeypatch):
+    monkeypatch.setattr(kdocr.pack.shutil, 'disk_usage', lambda path: SimpleNamespace(free=600_000))
+    with pytest.raises(KdocrError, match='packs: 12 packed tracks need 1 MB, 1 MB are free'): pack(tracks, tmp_path/'packs')
+    assert not [f for f in (tmp_path/'packs').iterdir() if f.is_dir()]
+
+
+# ---------------------------------------------------------------- the whole of it
+
+def test_teacher_and_student_share_one_split_without_a_common_text(plates, tmp_path):
+    teacher = open_data(small(tmp_path, plates))
+    student = open_data(small(tmp_path, plates, mode='student', distill_weight=0, seed=5))
+    assert teacher.split == student.split and teacher.fingerprint == student.fingerprint
+    assert (type(teacher.val), type(student.val)) == (ICPR_LPR_HR_Dataset, ICPR_LPR_Distill_Dataset)
+    parts = [set(d.texts) for d in (student.train, student.val, student.test)]
+    assert all(parts) and not parts[0] & parts[1] and not parts[2] & (parts[0] | parts[1])
+    assert teacher.val.keys == student.val.keys and len(student.test) == 3
+
+
+def test_a_plate_of_the_test_part_is_never_trained_on(plates, tmp_path):
+    write_track(plates, 77, texts(15)[13])
+    data = open_data(small(tmp_path, plates))
+    assert 'track_00077' in data.split.left_out and 'track_00077' not in data.train.keys + data.val.keys
+
+
+def test_every_faulty_picture_is_named_in_one_error_and_can_be_left_out(plates, tracks, tmp_path):
+    cut, gone, lost = tracks[1].hr[2], tracks[4].lr[0], tracks[8].folder/'annotations.json'
+    os.truncate(cut, cut.stat().st_size // 2)
+    gone.write_bytes(b'')
+    lost.write_text('{"plate_text": ')
+    with pytest.raises(KdocrError) as e: open_data(small(tmp_path, plates))
+    for path in (cut, gone, lost): assert str(path) in str(e.value)
+    assert 'kdocr check' in str(e.value) and 'skip_faulty' in str(e.value)
+    data = open_data(small(tmp_path, plates, skip_faulty=True))
+    used = set(data.train.keys) | set(data.val.keys)
+    assert used == {t.key for i, t in enumerate(tracks) if i not in (1, 4, 8)}
+
+
+def test_a_test_part_without_texts_is_not_scored(plates, tmp_path):
+    (plates/'test_labels.csv').unlink()
+    assert open_data(small(tmp_path, plates, mode='student', distill_weight=0)).test is None
+
+
+def test_a_folder_that_nobody_may_write_stays_as_it_is(plates, tmp_path):
+    before = sorted(plates.rglob('*'))
+    plates.chmod(0o555)
+    try:
+        data = open_data(small(tmp_path, plates))
+        assert sorted(plates.rglob('*')) == before
+        assert open_data(small(tmp_path, plates)).split == data.split
+    finally: plates.chmod(0o755)
+
+
+def test_a_missing_or_empty_folder_is_named(tmp_path):
+    for name in ('nowhere', 'empty'):
+        if name == 'empty': (tmp_path/name).mkdir()
+        with pytest.raises(KdocrError, match=name): open_data(small(tmp_path, tmp_path/name))
