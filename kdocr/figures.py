@@ -208,7 +208,7 @@ def plot_readings(pictures,        # (n,H,W,3) uint8, what the model saw
                   columns:int=4):  # the figure
     "A grid of pictures, green with the reading where it is right, red with reading and truth where it is not."
     rows = -(-len(preds) // columns)
-    fig, axs = plt.subplots(rows, columns, figsize=(2.1 * columns, .85 * rows), squeeze=False)
+    fig, axs = plt.subplots(rows, columns, figsize=(1.9 * columns, .75 * rows), squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for ax, picture, p in zip(axs.flat, pictures, preds):
         ax.imshow(picture)
