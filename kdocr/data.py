@@ -48,7 +48,7 @@ def rows_of(step:int,       # counted from 0
             batch_size:int, seed:int) -> Tensor: # (batch_size,) row numbers
     "The tracks of a step."
     at = torch.arange(step * batch_size, (step + 1) * batch_size)
-    return torch.stack([_order(n, int(i) // n, seed)[int(i) % n] for i in at])
+    return torch.cat([_order(n, e, seed)[at[at // n == e] % n] for e in range(int(at[0]) // n, int(at[-1]) // n + 1)])
 
 # %% ../nbs/16_data.ipynb #000a
 class Plates(Dataset):
@@ -167,22 +167,20 @@ class Data:
 
 # %% ../nbs/16_data.ipynb #001c
 def open_data(cfg:Config) -> Data:
-    "Index, split and pack the config's data. Raises `KdocrError` naming every kind of fault first."
+    "Index, pack and split the config's data. Raises one `KdocrError` for all that is wrong with its files."
     root = cfg.data or synth(cfg.out/'embedded', tracks=cfg.synth_tracks, test=cfg.synth_test, seed=EMBEDDED_SEED)
-    found = index(root)
-    if found.faults and not cfg.skip_faulty: raise faulty([f'{f.path}: {f.what}' for f in found.faults])
     home = root if writable(root) else cfg.out/'data'/digest(str(root.resolve()))
+    found = index(root)
+    train = _packed(found.train, home/'.kdocr', cfg, 'train', cfg.views if cfg.student_input != 'lr' else 0)
+    test = _packed([t for t in found.test if t.text is not None], home/'.kdocr', cfg, 'test', 0)
+    faults = [*map(str, found.faults), *train[1].values(), *test[1].values()]
+    if faults and not cfg.skip_faulty: raise faulty(faults)
     split = shared_split(home, found.train, cfg.val_share, SPLIT_SEED, fallback=home, test_texts={t.text for t in found.test if t.text})
-    views = cfg.views if cfg.student_input != 'lr' else 0
-    train = _packed(found.train, home/'.kdocr', cfg, 'train', views)
-    test = _packed(found.test, home/'.kdocr', cfg, 'test', 0) if found.test else None
     kind = _hr if cfg.mode == 'teacher' else _pair
     return Data(kind(cfg, train, split.train, True), kind(cfg, train, split.val, False), _scored(cfg, test), split, _fingerprint(found), root)
 
-def _packed(tracks, cache, cfg, part, views):
-    packed, faults = pack(tracks, cache, cfg.height, cfg.width, views, part=part)
-    if faults and not cfg.skip_faulty: raise faulty(list(faults.values()))
-    return packed, set(faults)
+def _packed(tracks, cache, cfg, part, views): # the pack, None where there are no tracks; the faults by key
+    return pack(tracks, cache, cfg.height, cfg.width, views, part=part) if tracks else (None, {})
 
 def _hr(cfg, packed, keys, train):
     packed, bad = packed
@@ -194,9 +192,8 @@ def _pair(cfg, packed, keys, train):
     return ICPR_LPR_Distill_Dataset(packed, [k for k in keys if k not in bad], cfg.frames, cfg.augment, cfg.seed, train, cfg.recombine, **how)
 
 def _scored(cfg, packed):
-    if packed is None: return None
-    p, bad = packed
-    keys = [k for k, t in zip(p.keys, p.texts) if t is not None and k not in bad]
-    return ICPR_LPR_Distill_Dataset(p, keys, cfg.frames, train=False, clean_hr_guided=False) if keys else None
+    packed, bad = packed
+    keys = [k for k in packed.keys if k not in bad] if packed else []
+    return ICPR_LPR_Distill_Dataset(packed, keys, cfg.frames, train=False, clean_hr_guided=False) if keys else None
 
 def _fingerprint(found): return digest([[t.key, t.text, *([p.name, p.stat().st_size] for p in (*t.lr, *t.hr))] for t in (*found.train, *found.test)])
