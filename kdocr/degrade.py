@@ -41,7 +41,8 @@ def track_conditions(rng:np.random.Generator,
     u, bad = rng.uniform, scenario == 'Scenario-B'
     night = u(0.6, 1) if rng.random() < (0.35 if bad else 0.03) else 0.
     exposure = math.exp(u(-1.1, 0.25)) if bad else math.exp(u(-0.7, 0.35))
-    haze = u(0, 90)*rng.random() if bad else u(0, 60)*rng.random()
+    haze = u(0, 130 if bad else 90)*rng.random()
+    if night: exposure = math.exp(u(-1.1, .8)) # lit by the camera's own lamp
     if rng.random() < 0.12: exposure, haze = u(1.1, 1.9), u(30, 110) # too much light
     glare = (u(0, 1), u(-.1, .5), u(.1, .35), u(60, 200) if rng.random() < (.15 if bad else .06) else 0.)
     return Conditions(exposure, haze, tuple(1 + u(-.1, .1, 3)), night, (u(-.35, .35), u(-.3, .3)), glare,
@@ -58,7 +59,7 @@ def light(picture:np.ndarray,  # (h,w,3) uint8 RGB
     lit = picture.astype(np.float32)
     if c.night:
         grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
-        lit += c.night*(grey*np.float32((.12, .85, .55)) + np.float32((4, 38, 20)) - lit)
+        lit += c.night*(grey*np.float32((.2, .95, .62)) + np.float32((2, 26, 12)) - lit)
     gain = np.float32(c.exposure)*(1 + c.slope[0]*x)*(1 + c.slope[1]*y)
     lit *= gain[..., None]*np.float32(c.cast)
     if c.glare[3]:
@@ -135,7 +136,7 @@ class Pose:
 
 def draw_pose(rng:np.random.Generator) -> Pose:
     "A pose for a track."
-    return Pose(rng.normal(0, .045), rng.normal(0, .1), tuple(rng.normal(0, .02, 2)), tuple(rng.uniform(-.02, .1, 4)))
+    return Pose(rng.normal(0, .045), rng.normal(0, .1), tuple(rng.normal(0, .02, 2)), tuple(rng.uniform(-.04, .1, 4)))
 
 def quad(pose:Pose, size:tuple, rng:np.random.Generator) -> np.ndarray: # (4,2) float32, px of the crop
     "Where the plate's four corners land in a crop of `size`, with the frame's jitter."
