@@ -9,7 +9,7 @@ __all__ = ['freeze', 'load_teacher', 'new_model', 'new_student', 'glance', 'new_
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import seed_of
+from .core import KdocrError, seed_of
 from .config import Config
 from .charset import Charset
 from .data import Data, PlateBatch
@@ -40,7 +40,8 @@ def new_model(cfg:Config, model_type:str) -> nn.Module:
 def new_student(cfg:Config, split_hash:str) -> nn.Module:
     "The student as `student_init` has it."
     if cfg.student_init == 'random': return new_model(cfg, cfg.student_model_type)
-    path = cfg.teacher_checkpoint if cfg.student_init == 'teacher' else cfg.student_init
+    path = cfg.teacher_checkpoint if cfg.student_init == 'teacher' else Path(cfg.student_init)
+    if not path.is_file(): raise KdocrError(f"student_init {cfg.student_init!r}: neither 'random' nor 'teacher' nor a checkpoint's path")
     return load_model(path, dict(model_type=cfg.student_model_type, charset=cfg.charset, height=cfg.height, width=cfg.width, split_hash=split_hash))
 
 # %% ../nbs/42_distill.ipynb #000b

@@ -59,7 +59,7 @@ def load_checkpoint(path:str|Path) -> dict: # tensors on the CPU
 # %% ../nbs/40_run.ipynb #000f
 _WHY = dict(model_type='the weights belong to another architecture', charset='its classes mean other characters',
             split_hash='it has seen plates that validate here', height='it was trained on another picture size',
-            width='it was trained on another picture size', frames='it was trained on another number of frames')
+            width='it was trained on another picture size')
 
 def load_model(path:str|Path,       # a checkpoint
                expect:dict|None=None # values that the checkpoint must have, by key
@@ -148,6 +148,7 @@ class RunFolder:
             there = {**read_json(self.env), **identity(load_config(self.config))}
             differ = [f'{k} is {there.get(k)!r} there and {v!r} here' for k, v in here.items() if there.get(k) != v]
             if differ: raise KdocrError(f'{self.path}: holds another run: {"; ".join(differ)}. Give this one another name, or remove the folder')
+            if self.finished: return
             starts = there.get('starts', [])
         starts = [*starts, time.strftime('%Y-%m-%dT%H:%M:%S%z')]
         with on_disk(self.path): write_json(self.env, {**ids, **env, 'starts': starts}); save_config(cfg, self.config)
