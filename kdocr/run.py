@@ -58,7 +58,7 @@ def load_checkpoint(path:str|Path) -> dict: # tensors on the CPU
 
 # %% ../nbs/40_run.ipynb #000f
 _WHY = dict(model_type='the weights belong to another architecture', charset='its classes mean other characters',
-            split_hash='it has seen plates that validate here', height='it was trained on another picture size',
+            split_hash='it was made on another split and may have seen the plates that validate here', height='it was trained on another picture size',
             width='it was trained on another picture size')
 
 def load_model(path:str|Path,       # a checkpoint
