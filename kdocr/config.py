@@ -56,6 +56,8 @@ class Config(BaseModel):
     "The teacher sees the clean HR partner; false: it sees the student's own view."
     frames: int = Field(1, ge=1, le=5)
     "Frames of a track that the model sees at once."
+    eval_frames: int = Field(5, ge=1, le=5)
+    "Frames of a track that are read in validation and test by a model of single frames: the sum of their log-probabilities decides."
     height: int = Field(32, ge=16, multiple_of=16)
     "Input height in pixels."
     width: int = Field(128, ge=32, multiple_of=8)

@@ -74,10 +74,11 @@ class Plates(Dataset):
 
     def batch(self, rows:Tensor,    # (b,) numbers of tracks, 0 to len-1
               step:int=0,           # names the random numbers
-              device='cpu') -> PlateBatch:
+              device='cpu',
+              frames:int|None=None) -> PlateBatch: # read the first so many, whatever `self.frames` is
         g = torch.Generator().manual_seed(seed_of(self.seed, 'batch', step))
         at = self.rows[rows.numpy()]                                      # (b,) rows of the pack
-        frames = self._draw_frames(len(at), g)                            # (b,f)
+        frames = self._draw_frames(len(at), g) if frames is None else np.arange(frames)[None].repeat(len(at), 0) # (b,f)
         images, clean, heights = self.views(at, frames, g)
         p = self.pack
         b = PlateBatch([p.keys[i] for i in at], _tensor(images, device), None if clean is None else _tensor(clean, device),
