@@ -43,10 +43,10 @@ def track_conditions(rng:np.random.Generator,
     exposure = math.exp(u(-1.1, 0.25)) if bad else math.exp(u(-0.7, 0.35))
     haze = u(0, 130 if bad else 90)*rng.random()
     if night: exposure = math.exp(u(-1.1, .8)) # lit by the camera's own lamp
-    if rng.random() < 0.12: exposure, haze = u(1.1, 1.9), u(30, 110) # too much light
-    glare = (u(0, 1), u(-.1, .5), u(.1, .35), u(60, 200) if rng.random() < (.15 if bad else .06) else 0.)
+    if rng.random() < 0.04: exposure, haze = u(1.1, 1.7), u(30, 90) # too much light
+    glare = (u(0, 1), u(-.1, .5), u(.1, .35), u(40, 120) if rng.random() < (.06 if bad else .02) else 0.)
     return Conditions(exposure, haze, tuple(1 + u(-.1, .1, 3)), night, (u(-.35, .35), u(-.3, .3)), glare,
-                      rain=u(.2, 1) if bad and rng.random() < .35 else 0., blur=u(.45, .95), motion=u(0, 1.2), angle=u(-.4, .4) if rng.random() < .6 else u(0, math.pi),
+                      rain=u(.2, 1) if bad and rng.random() < .35 else 0., blur=u(.6, 1.05), motion=u(0, 1.2), angle=u(-.4, .4) if rng.random() < .6 else u(0, math.pi),
                       contrast=u(58, 92), sharpen=u(2.4, 5.5), radius=u(1., 1.6), noise=u(.3, 3.5), quality=int(u(45, 92)))
 
 # %% ../nbs/11_degrade.ipynb #000a
@@ -136,7 +136,7 @@ class Pose:
 
 def draw_pose(rng:np.random.Generator) -> Pose:
     "A pose for a track."
-    return Pose(rng.normal(0, .045), rng.normal(0, .1), tuple(rng.normal(0, .02, 2)), tuple(rng.uniform(-.04, .1, 4)))
+    return Pose(rng.normal(0, .025), rng.normal(0, .05), tuple(rng.normal(0, .01, 2)), tuple(rng.uniform(-.01, .07, 4)))
 
 def quad(pose:Pose, size:tuple, rng:np.random.Generator) -> np.ndarray: # (4,2) float32, px of the crop
     "Where the plate's four corners land in a crop of `size`, with the frame's jitter."
@@ -164,9 +164,9 @@ def view(picture:np.ndarray,  # a mounted plate
 def near(c:Conditions, rng:np.random.Generator) -> Conditions:
     "The conditions of the HR frames of a track that has `c`: the same light, another zoom."
     u = rng.uniform
-    soft = rng.random() < .5 # a camera without the chip
-    return replace(c, blur=u(.3, 1.1) if soft else u(.3, .7), motion=u(0, 1.5), noise=u(.5, 4), quality=int(u(70, 97)),
-                   contrast=0. if soft else u(45, 80), sharpen=0. if soft else u(.5, 3), radius=u(1, 1.8))
+    soft = rng.random() < .15 # a camera without the chip
+    return replace(c, blur=u(.3, .85) if soft else u(.3, .55), motion=u(0, .7), noise=u(.5, 3), quality=int(u(75, 97)),
+                   contrast=0. if soft else u(45, 80), sharpen=0. if soft else u(.3, 1.5), radius=u(1, 1.4))
 
 def frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
            source:np.ndarray,  # (4,2) its corners
@@ -175,12 +175,13 @@ def frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
            n:int=5) -> list[tuple[np.ndarray, np.ndarray]]: # a frame and its corners (4,2), each
     "The frames of one track at one resolution."
     c = c if low else near(c, rng)
-    height = float(np.clip(rng.normal(20.5 if low else 36, 1.4 if low else 2.6), 18.5 if low else 31, 23 if low else 42))
-    aspect = float(np.clip(rng.normal(2.28, .17), 1.85, 2.5 if low else 2.75))
+    least, mean, sd, most = (17, 20.8, 1.4, 23) if low else (27, 36, 2.6, 42) # px of height
+    height, aspect = rng.normal(mean, sd), np.clip(rng.normal(2.28, .17), 1.9, 2.4 if low else 2.7)
     small = cv2.pyrDown(picture) if low else picture
     at, out = source/2 if low else source, []
     for i in range(n):
-        h = round(height*(1 - .025*i) + rng.normal(0, .3)); size = (round(h*aspect), h)
+        h = int(np.clip(round(height*(1 - .025*i) + rng.normal(0, .3)), least, most))
+        size = (round(h*aspect), h)
         target = quad(pose, size, rng)
         own = replace(c, exposure=1., blur=c.blur*rng.uniform(.85, 1.2), motion=c.motion*rng.uniform(.5, 1.5), sharpen=c.sharpen*rng.uniform(.7, 1.3),
                       contrast=c.contrast*rng.uniform(.8, 1.2), noise=c.noise*rng.uniform(.7, 1.4), quality=int(np.clip(c.quality + rng.integers(-8, 9), 30, 98)))

@@ -138,14 +138,15 @@ def draw_style(rng:np.random.Generator, layout:str) -> Style:
     "A plausible plate: most are grey with black or red with white letters; Mercosur's are white."
     u, old = rng.uniform, layout == 'Brazilian'
     ground, ink = _old_colours(rng) if old else _new_colours(rng)
+    worn = rng.choice((0., .4, 1.), p=(.65, .25, .1))
     spread = rng.choice([0, 0, 30, 70]) if old else rng.choice([0, 60, 110])
     bolts = tuple((200 + side*(spread + u(35, 75)) + u(-6, 6), y + u(-3, 3), u(3, 6.5), u(0, 1))
                   for side in (-1, 1) for y in (10, 120) if rng.random() < 0.75)
-    return Style(layout, ground, ink, height=u(61, 70), width=u(0.53, 0.70), stroke=u(8.5, 12.5), corner=u(8, 20) if rng.random() < (.6 if old else .25) else None,
+    return Style(layout, ground, ink, height=u(61, 70), width=u(0.57, 0.65), stroke=u(9, 11.5), corner=u(11, 17) if rng.random() < .8 else None,
                  pitch=u(46.5, 51) if old else u(44, 47.5), gap=u(15, 24) if old else u(0, 12), top=u(39, 46) if old else u(42, 50),
                  separator=rng.choice(['dot', 'dot', 'dot', 'dash', 'none']) if old else 'none',
                  town=TOWNS[rng.integers(len(TOWNS))].replace('_', ' ') if old else 'BRASIL', border=u(0.2, 1) if old else 0.,
-                 emboss=u(0, 0.6), wear=max(0, u(-0.5, 0.5)), dirt=u(0, 1)**2, bolts=bolts)
+                 emboss=u(0, 0.6), wear=worn*u(0, .6), dirt=worn*u(0, 1), bolts=bolts)
 
 def _old_colours(rng):
     if rng.random() < 0.5: # private cars: black on grey

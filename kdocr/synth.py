@@ -77,7 +77,7 @@ def write_track(root:Path, job:Job, seed:int, fonts:tuple) -> None:
     os.replace(tmp, final)
 
 # %% ../nbs/13_synth.ipynb #000c
-DRAWING = 1 # raise when the drawing changes: sets of two drawings must not be mixed
+DRAWING = 2 # raise when the drawing changes: sets of two drawings must not be mixed
 
 @contextmanager
 def _writing(folder:Path) -> Iterator[None]:
@@ -109,9 +109,9 @@ def synth(folder:str|Path,            # made where missing
     if tracks < 0 or test < 0 or tracks + test == 0: raise KdocrError(f'tracks {tracks}, test {test}: at least one track is needed, and none less than 0')
     asked = dict(drawing=DRAWING, tracks=tracks, test=test, seed=seed, fonts=digest(*[str(p.name) for p in files], *files))
     with _writing(folder):
-        if _claim(folder, asked): return folder
-        jobs = plan(tracks, test, seed)
-        left = [j for j in jobs if not (folder/j.folder).exists()]
+        finished, jobs = _claim(folder, asked), plan(tracks, test, seed)
+        left = [j for j in jobs if not (folder/j.folder).exists()] # in a finished set: what somebody deleted
+        if finished and not left: return folder
         with progress(total=len(jobs), initial=len(jobs) - len(left), desc='drawing plates', unit='track') as bar:
             for n in _draw_all(folder, left, seed, files, workers or os.cpu_count()): bar.update(n)
         with atomic_write(folder/'test_labels.csv') as tmp:
