@@ -34,7 +34,7 @@ class Conditions:
     noise:float    # sigma
     quality:int    # JPEG
 
-# %% ../nbs/11_degrade.ipynb #0007
+# %% ../nbs/11_degrade.ipynb #0008
 def track_conditions(rng:np.random.Generator,
                      scenario:str='Scenario-A') -> Conditions:
     "The light and the camera of one track."
@@ -49,7 +49,7 @@ def track_conditions(rng:np.random.Generator,
                       rain=u(.2, 1) if bad and rng.random() < .35 else 0., blur=u(.6, 1.05), motion=u(0, 1.2), angle=u(-.4, .4) if rng.random() < .6 else u(0, math.pi),
                       contrast=u(58, 92), sharpen=u(2.4, 5.5), radius=u(1., 1.6), noise=u(.3, 3.5), quality=int(u(45, 92)))
 
-# %% ../nbs/11_degrade.ipynb #000a
+# %% ../nbs/11_degrade.ipynb #000b
 def light(picture:np.ndarray,  # (h,w,3) uint8 RGB
           c:Conditions,
           rng:np.random.Generator) -> np.ndarray: # (h,w,3) uint8
@@ -77,7 +77,7 @@ def _rain(picture, share, rng):
         cv2.line(drops, (x, y), (x + n//5, y + n), int(rng.integers(60, 255)), int(rng.integers(1, 3)))
     picture += cv2.GaussianBlur(drops, (0, 0), 1.)[..., None]*np.float32(.3)
 
-# %% ../nbs/11_degrade.ipynb #000d
+# %% ../nbs/11_degrade.ipynb #000e
 def camera(picture:np.ndarray, # (h,w,3) uint8, larger than `size`
            size:tuple,         # (width, height) in px
            c:Conditions,
@@ -110,7 +110,7 @@ def jpeg(picture:np.ndarray, quality:int) -> np.ndarray:
     "The picture, compressed and read back."
     return cv2.imdecode(cv2.imencode('.jpg', picture, (cv2.IMWRITE_JPEG_QUALITY, int(quality)))[1], cv2.IMREAD_COLOR)
 
-# %% ../nbs/11_degrade.ipynb #000f
+# %% ../nbs/11_degrade.ipynb #0011
 def degrade(hr:np.ndarray,             # (h,w,3) uint8
             rng:np.random.Generator,
             size:tuple|None=None,      # (width, height); None: 0.5 to 0.65 of the picture's
@@ -125,7 +125,7 @@ def degrade(hr:np.ndarray,             # (h,w,3) uint8
     c = replace(c, blur=strength*c.blur, motion=strength*c.motion, noise=strength*c.noise, quality=round(95 - min(1, strength)*(95 - c.quality)))
     return camera(hr, size, c, rng)
 
-# %% ../nbs/11_degrade.ipynb #0011
+# %% ../nbs/11_degrade.ipynb #0014
 @dataclass(frozen=True)
 class Pose:
     "How a track's plate leans; jitter is a frame's own."
@@ -160,7 +160,7 @@ def view(picture:np.ndarray,  # a mounted plate
     m = cv2.getPerspectiveTransform(source, (target*over).astype(np.float32))
     return cv2.warpPerspective(picture, m, (size[0]*over, size[1]*over), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
-# %% ../nbs/11_degrade.ipynb #0013
+# %% ../nbs/11_degrade.ipynb #0017
 def near(c:Conditions, rng:np.random.Generator) -> Conditions:
     "The conditions of the HR frames of a track that has `c`: the same light, another zoom."
     u = rng.uniform
@@ -188,7 +188,7 @@ def frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
         out.append((camera(view(small, at, target, size), size, own, rng), target))
     return out
 
-# %% ../nbs/11_degrade.ipynb #0016
+# %% ../nbs/11_degrade.ipynb #001a
 BANDS = ((0, .1), (.1, .2), (.2, .3), (.3, .5)) # cycles a pixel
 
 def spectrum(picture:np.ndarray, # (h,w,3) or (h,w) uint8

@@ -35,7 +35,7 @@ def _check_font(path):
     gone = [c for c in DEFAULT_CHARS if masks[c] == masks['\uffff'] or not any(masks[c])]
     if gone: raise KdocrError(f"{path}: no glyph for {', '.join(map(repr, gone))}")
 
-# %% ../nbs/10_plates.ipynb #0007
+# %% ../nbs/10_plates.ipynb #0008
 GLYPH = 96 # px, height of the masks that are kept
 
 @lru_cache(maxsize=4096)
@@ -65,7 +65,7 @@ def glyph(font:str,    # a font file
     mask = (cv2.dilate if grow > 0 else cv2.erode)(mask, kernel)
     return cv2.resize(mask, (mask.shape[1], GLYPH), interpolation=cv2.INTER_AREA) if grow > 0 else mask
 
-# %% ../nbs/10_plates.ipynb #000c
+# %% ../nbs/10_plates.ipynb #000d
 PEN = {'A': '08 40 88|15 75', 'B': '@00 80~ 84~ 04|04 84~ 88~ 08 00', 'C': '82 80~ 00~ 08~ 88~ 86', 'D': '@00 80~ 88~ 08', 'E': '80 00 08 88|04 64',
        'F': '80 00 08|04 64', 'G': '82 80~ 00~ 08~ 88~ 84 54', 'H': '00 08|80 88|04 84', 'I': '00 08', 'J': '80 88~ 08~ 06', 'K': '00 08|80 05|33 88',
        'L': '00 08 88', 'M': '08 00 45 80 88', 'N': '08 00 88 80', 'O': '@00~ 80~ 88~ 08~', 'P': '08 00 80~ 85~ 05', 'Q': '@00~ 80~ 88~ 08~|55 88',
@@ -98,7 +98,7 @@ def _rounded(points, soft, closed, radius):
         out += [p + a*(1 - t)**2 + b*t**2 for t in (0, .2, .4, .6, .8, 1)]
     return np.array(out)
 
-# %% ../nbs/10_plates.ipynb #000f
+# %% ../nbs/10_plates.ipynb #0010
 def draw_text(rng:np.random.Generator, layout:str) -> str:
     "A text that fits `layout`."
     pick = lambda chars: chars[rng.integers(len(chars))]
@@ -107,7 +107,7 @@ def draw_text(rng:np.random.Generator, layout:str) -> str:
     if rng.random() < 0.35: text = (pick('AAAAAB') + text[1:]) if text[1] <= 'E' else 'A' + text[1:]
     return text
 
-# %% ../nbs/10_plates.ipynb #0012
+# %% ../nbs/10_plates.ipynb #0013
 PLATE = (400, 130) # mm
 TOWNS = ('PR-PARANAGUA PR-CURITIBA PR-COLOMBO PR-ARAUCARIA PR-LONDRINA PR-MARINGA PR-CASCAVEL PR-PINHAIS PR-TOLEDO SC-CRICIUMA '
          'SC-JOINVILLE SC-ITAJAI SP-SANTOS SP-CAMPINAS SP-SAO_PAULO RS-CANOAS RS-PELOTAS MG-UBERABA MS-DOURADOS MT-CUIABA PARANA BRASIL').split()
@@ -133,7 +133,7 @@ class Style:
     dirt:float           # 0..1
     bolts:tuple          # (x, y, radius, brightness) each
 
-# %% ../nbs/10_plates.ipynb #0013
+# %% ../nbs/10_plates.ipynb #0015
 def draw_style(rng:np.random.Generator, layout:str) -> Style:
     "A plausible plate: most are grey with black or red with white letters; Mercosur's are white."
     u, old = rng.uniform, layout == 'Brazilian'
@@ -158,7 +158,7 @@ def _new_colours(rng):
     inks = ((20, 20, 25), (20, 20, 25), (20, 20, 25), (150, 25, 30), (30, 50, 130), (30, 95, 60))
     return tuple(rng.uniform(205, 245) + rng.uniform(-8, 8, 3)), inks[rng.integers(len(inks))]
 
-# %% ../nbs/10_plates.ipynb #0016
+# %% ../nbs/10_plates.ipynb #0018
 PX = 0.8 # px per mm of the flat drawing
 
 def _px(mm): return round(mm * PX)
@@ -188,7 +188,7 @@ def letters(text:str, style:Style, font:str, rng:np.random.Generator) -> np.ndar
         cv2.rectangle(mask, (_px(middle - w/2), _px(y - h/2)), (_px(middle + w/2), _px(y + h/2)), 255, -1)
     return mask
 
-# %% ../nbs/10_plates.ipynb #0019
+# %% ../nbs/10_plates.ipynb #001b
 @lru_cache(maxsize=512)
 def _line(text, font, height):
     mask = Image.new('L', (400, 60))
@@ -217,7 +217,7 @@ def _band(plate, style, font, rng):
     code = cv2.resize(rng.integers(0, 2, (8, 8)).astype(np.float32), (_px(22),)*2, interpolation=cv2.INTER_NEAREST)
     if rng.random() < 0.7: plate[_px(36):_px(36) + len(code), _px(5):_px(5) + len(code)] *= (.35 + .65*code)[..., None]
 
-# %% ../nbs/10_plates.ipynb #001b
+# %% ../nbs/10_plates.ipynb #001e
 def clouds(rng:np.random.Generator, shape:tuple, cells:tuple) -> np.ndarray: # `shape` float32, in 0..1
     "Smooth noise with about `cells` blobs."
     return cv2.resize(rng.random(cells, np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)
@@ -252,7 +252,7 @@ def draw_plate(text:str, layout:str, rng:np.random.Generator,
     fonts = fonts or font_set()
     return paint(text, draw_style(rng, layout), str(fonts[rng.integers(len(fonts))]), rng)
 
-# %% ../nbs/10_plates.ipynb #0020
+# %% ../nbs/10_plates.ipynb #0023
 MARGIN = 40 # mm of car on each side
 
 def mount(plate:np.ndarray, rng:np.random.Generator) -> np.ndarray: # (168,384,3) uint8 RGB

@@ -76,7 +76,7 @@ def write_track(root:Path, job:Job, seed:int, fonts:tuple) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     os.replace(tmp, final)
 
-# %% ../nbs/13_synth.ipynb #000c
+# %% ../nbs/13_synth.ipynb #000d
 DRAWING = 2 # raise when the drawing changes: sets of two drawings must not be mixed
 
 @contextmanager
@@ -97,7 +97,7 @@ def _claim(folder, asked):
     write_json(note, {**asked, 'finished': False})
     return False
 
-# %% ../nbs/13_synth.ipynb #000d
+# %% ../nbs/13_synth.ipynb #000f
 def synth(folder:str|Path,            # made where missing
           tracks:int, test:int,       # how many, to train and to test
           seed:int,
@@ -120,7 +120,7 @@ def synth(folder:str|Path,            # made where missing
         write_json(folder/'synth.json', {**asked, 'finished': True})
     return folder
 
-# %% ../nbs/13_synth.ipynb #000f
+# %% ../nbs/13_synth.ipynb #0011
 def _serve(pipe:int): # the life of one process
     cv2.setNumThreads(1)
     told = json.load(sys.stdin)
