@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 import cv2
 import numpy as np
+from .plates import VARIETY
 
 # %% ../nbs/11_degrade.ipynb #0005
 SCENARIOS = ('Scenario-A', 'Scenario-B')
@@ -36,15 +37,17 @@ class Conditions:
 
 # %% ../nbs/11_degrade.ipynb #0008
 def track_conditions(rng:np.random.Generator,
-                     scenario:str='Scenario-A') -> Conditions:
+                     scenario:str='Scenario-A',
+                     variety:float=VARIETY, # 0..1: odds of glare and of too much light
+                    ) -> Conditions:
     "The light and the camera of one track."
     u, bad = rng.uniform, scenario == 'Scenario-B'
     night = u(0.6, 1) if rng.random() < (0.35 if bad else 0.03) else 0.
     exposure = math.exp(u(-1.1, 0.25)) if bad else math.exp(u(-0.7, 0.35))
     haze = u(0, 130 if bad else 90)*rng.random()
     if night: exposure = math.exp(u(-1.1, .8)) # lit by the camera's own lamp
-    if rng.random() < 0.04: exposure, haze = u(1.1, 1.7), u(30, 90) # too much light
-    glare = (u(0, 1), u(-.1, .5), u(.1, .35), u(40, 120) if rng.random() < (.06 if bad else .02) else 0.)
+    if rng.random() < 0.12*variety: exposure, haze = u(1.1, 1.8), u(30, 100) # too much light
+    glare = (u(0, 1), u(-.1, .5), u(.1, .35), u(40, 160) if rng.random() < (.15 if bad else .06)*variety else 0.)
     return Conditions(exposure, haze, tuple(1 + u(-.1, .1, 3)), night, (u(-.35, .35), u(-.3, .3)), glare,
                       rain=u(.2, 1) if bad and rng.random() < .35 else 0., blur=u(.6, 1.05), motion=u(0, 1.2), angle=u(-.4, .4) if rng.random() < .6 else u(0, math.pi),
                       contrast=u(58, 92), sharpen=u(2.4, 5.5), radius=u(1., 1.6), noise=u(.3, 3.5), quality=int(u(45, 92)))
@@ -134,9 +137,10 @@ class Pose:
     tilt:tuple   # perspective, shares of the size
     margin:tuple # car around the plate: left, top, right, bottom, shares of the crop
 
-def draw_pose(rng:np.random.Generator) -> Pose:
+def draw_pose(rng:np.random.Generator, variety:float=VARIETY) -> Pose:
     "A pose for a track."
-    return Pose(rng.normal(0, .025), rng.normal(0, .05), tuple(rng.normal(0, .01, 2)), tuple(rng.uniform(-.01, .07, 4)))
+    v, normal = variety, rng.normal
+    return Pose(normal(0, .017 + .028*v), normal(0, .03 + .07*v), tuple(normal(0, .006 + .014*v, 2)), tuple(rng.uniform(-.04*v, .055 + .045*v, 4)))
 
 def quad(pose:Pose, size:tuple, rng:np.random.Generator) -> np.ndarray: # (4,2) float32, px of the crop
     "Where the plate's four corners land in a crop of `size`, with the frame's jitter."
@@ -161,20 +165,23 @@ def view(picture:np.ndarray,  # a mounted plate
     return cv2.warpPerspective(picture, m, (size[0]*over, size[1]*over), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../nbs/11_degrade.ipynb #0017
-def near(c:Conditions, rng:np.random.Generator) -> Conditions:
+def near(c:Conditions, rng:np.random.Generator,
+         variety:float=VARIETY, # 0..1: odds and softness of soft ones
+        ) -> Conditions:
     "The conditions of the HR frames of a track that has `c`: the same light, another zoom."
-    u = rng.uniform
-    soft = rng.random() < .15 # a camera without the chip
-    return replace(c, blur=u(.3, .85) if soft else u(.3, .55), motion=u(0, .7), noise=u(.5, 3), quality=int(u(75, 97)),
-                   contrast=0. if soft else u(45, 80), sharpen=0. if soft else u(.3, 1.5), radius=u(1, 1.4))
+    u, v = rng.uniform, variety
+    soft = rng.random() < .5*v # a camera without the chip
+    return replace(c, blur=u(.3, .75 + .35*v) if soft else u(.3, .49 + .21*v), motion=u(0, .4 + 1.1*v), noise=u(.5, 2.6 + 1.4*v), quality=int(u(77 - 7*v, 97)),
+                   contrast=0. if soft else u(45, 80), sharpen=0. if soft else u(.3, 1 + 2*v), radius=u(1, 1.8))
 
 def frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
            source:np.ndarray,  # (4,2) its corners
            c:Conditions, pose:Pose, rng:np.random.Generator,
            low:bool,           # LR or HR
+           variety:float=VARIETY,
            n:int=5) -> list[tuple[np.ndarray, np.ndarray]]: # a frame and its corners (4,2), each
     "The frames of one track at one resolution."
-    c = c if low else near(c, rng)
+    c = c if low else near(c, rng, variety)
     least, mean, sd, most = (17, 20.8, 1.4, 23) if low else (27, 36, 2.6, 42) # px of height
     height, aspect = rng.normal(mean, sd), np.clip(rng.normal(2.28, .17), 1.9, 2.4 if low else 2.7)
     small = cv2.pyrDown(picture) if low else picture

@@ -16,7 +16,7 @@ import numpy as np
 from .charset import LAYOUTS
 from .core import KdocrError, atomic_write, digest, np_rng, progress, read_json, write_json
 from .degrade import SCENARIOS, draw_pose, frames, light, track_conditions
-from .plates import draw_plate, draw_text, font_set, mount, plate_corners
+from .plates import VARIETY, draw_plate, draw_text, font_set, mount, plate_corners
 
 # %% ../nbs/13_synth.ipynb #0005
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ def plan(tracks:int, test:int, seed:int) -> list[Job]:
     return jobs
 
 # %% ../nbs/13_synth.ipynb #0008
-def draw_track(job:Job, seed:int, fonts:tuple) -> dict[str, tuple[np.ndarray, np.ndarray]]: # frames and corners by file name
+def draw_track(job:Job, seed:int, fonts:tuple, variety:float) -> dict[str, tuple[np.ndarray, np.ndarray]]: # frames and corners by file name
     "All the pictures of one track; a pure function of its arguments."
     rng = np_rng('synth', 'track', seed, job.folder, job.text)
-    c, pose = track_conditions(rng, job.scenario), draw_pose(rng)
-    scene = light(mount(draw_plate(job.text, job.layout, rng, fonts), rng), c, rng)
+    c, pose = track_conditions(rng, job.scenario, variety), draw_pose(rng, variety)
+    scene = light(mount(draw_plate(job.text, job.layout, rng, fonts, variety), rng), c, rng)
     ext = 'png' if job.scenario == 'Scenario-A' else 'jpg'
     return {f'{kind}-{i + 1:03d}.{ext}': frame for kind in (('lr',) if job.test else ('lr', 'hr'))
-            for i, frame in enumerate(frames(scene, plate_corners(), c, pose, rng, low=kind == 'lr'))}
+            for i, frame in enumerate(frames(scene, plate_corners(), c, pose, rng, low=kind == 'lr', variety=variety))}
 
 def annotation(job:Job, pictures:dict, empty:bool) -> dict:
     "What `annotations.json` says of a track."
@@ -63,11 +63,11 @@ def annotation(job:Job, pictures:dict, empty:bool) -> dict:
     return note
 
 # %% ../nbs/13_synth.ipynb #000a
-def write_track(root:Path, job:Job, seed:int, fonts:tuple) -> None:
+def write_track(root:Path, job:Job, seed:int, fonts:tuple, variety:float) -> None:
     "Draw and store one track, whole or not at all; a track that is there already stays as it is."
     final, tmp = root/job.folder, root/'.making'/f'{Path(job.folder).name}.{os.getpid()}'
     if final.exists(): return
-    pictures = draw_track(job, seed, fonts)
+    pictures = draw_track(job, seed, fonts, variety)
     tmp.mkdir(parents=True, exist_ok=True)
     for name, (frame, _) in pictures.items():
         how = (cv2.IMWRITE_JPEG_QUALITY, 95) if name.endswith('jpg') else (cv2.IMWRITE_PNG_COMPRESSION, 3)
@@ -77,7 +77,7 @@ def write_track(root:Path, job:Job, seed:int, fonts:tuple) -> None:
     os.replace(tmp, final)
 
 # %% ../nbs/13_synth.ipynb #000d
-DRAWING = 2 # raise when the drawing changes: sets of two drawings must not be mixed
+DRAWING = 3 # raise when the drawing changes: sets of two drawings must not be mixed
 
 @contextmanager
 def _writing(folder:Path) -> Iterator[None]:
@@ -103,17 +103,19 @@ def synth(folder:str|Path,            # made where missing
           seed:int,
           fonts:str|Path|None=None,   # a folder of fonts, added to the shipped ones
           workers:int|None=None,      # processes; None: as many as there are cores
+          variety:float=VARIETY,      # 0..1, how far plates stray from the middle; 1 for models that must read photographs
          ) -> Path:                   # the folder
     "Draw a data set in the competition's layout, the test part's texts in `test_labels.csv` beside it. Finishes what an earlier call began."
     folder, files = Path(folder), font_set(fonts)
     if tracks < 0 or test < 0 or tracks + test == 0: raise KdocrError(f'tracks {tracks}, test {test}: at least one track is needed, and none less than 0')
-    asked = dict(drawing=DRAWING, tracks=tracks, test=test, seed=seed, fonts=digest(*[str(p.name) for p in files], *files))
+    if not 0 <= variety <= 1: raise KdocrError(f'variety {variety}: it is between 0 and 1')
+    asked = dict(drawing=DRAWING, tracks=tracks, test=test, seed=seed, variety=float(variety), fonts=digest(*[str(p.name) for p in files], *files))
     with _writing(folder):
         finished, jobs = _claim(folder, asked), plan(tracks, test, seed)
         left = [j for j in jobs if not (folder/j.folder).exists()] # in a finished set: what somebody deleted
         if finished and not left: return folder
         with progress(total=len(jobs), initial=len(jobs) - len(left), desc='drawing plates', unit='track') as bar:
-            for n in _draw_all(folder, left, seed, files, workers or os.cpu_count()): bar.update(n)
+            for n in _draw_all(folder, left, seed, files, variety, workers or os.cpu_count()): bar.update(n)
         with atomic_write(folder/'test_labels.csv') as tmp:
             tmp.write_text('track,text,layout\n' + ''.join(f'{Path(j.folder).name},{j.text},{j.layout}\n' for j in jobs if j.test))
         shutil.rmtree(folder/'.making', ignore_errors=True)
@@ -126,15 +128,15 @@ def _serve(pipe:int): # the life of one process
     told = json.load(sys.stdin)
     try:
         for job in told['jobs']:
-            write_track(Path(told['root']), Job(*job), told['seed'], tuple(map(Path, told['fonts'])))
+            write_track(Path(told['root']), Job(*job), told['seed'], tuple(map(Path, told['fonts'])), told['variety'])
             os.write(pipe, b'.')
     except OSError as e: sys.exit(f'{e.filename or told["root"]}: {e.strerror or e}')
 
-def _draw_all(root, jobs, seed, fonts, workers):
+def _draw_all(root, jobs, seed, fonts, variety, workers):
     "Yields how many tracks were finished since the last time."
     workers = min(workers, len(jobs)//50)
     if workers < 2:
-        for job in jobs: write_track(root, job, seed, fonts); yield 1
+        for job in jobs: write_track(root, job, seed, fonts, variety); yield 1
         return
     end, pipe = os.pipe()
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
@@ -143,7 +145,7 @@ def _draw_all(root, jobs, seed, fonts, workers):
     os.close(pipe)
     try:
         for i, p in enumerate(procs):
-            json.dump(dict(root=str(root), seed=seed, fonts=list(map(str, fonts)), jobs=list(map(astuple, jobs[i::workers]))), p.stdin)
+            json.dump(dict(root=str(root), seed=seed, variety=variety, fonts=list(map(str, fonts)), jobs=list(map(astuple, jobs[i::workers]))), p.stdin)
             p.stdin.close()
         while done := os.read(end, 4096): yield len(done)
         said = [p.stderr.read().strip() for p in procs if p.wait()]

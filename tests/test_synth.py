@@ -22,6 +22,11 @@ def test_two_processes_draw_the_same_bytes(drawn, tmp_path):
 
 def test_another_seed_draws_other_plates(): assert not {j.text for j in plan(200, 50, 0)} & {j.text for j in plan(200, 50, 1)}
 
+def test_variety_draws_the_same_texts_in_other_shapes(drawn, tmp_path):
+    wild = synth(tmp_path/'wild', TRACKS, TEST, SEED, variety=1.)
+    assert (wild/'test_labels.csv').read_bytes() == (drawn/'test_labels.csv').read_bytes()
+    assert not set(contents(wild/'test').values()) & set(contents(drawn/'test').values())
+
 def test_layout_on_disk(drawn):
     a, b = sorted(drawn.glob('train/Scenario-A/*/track_*')), sorted(drawn.glob('train/Scenario-B/*/track_*'))
     assert len(a) == len(b) == TRACKS//2
@@ -81,6 +86,8 @@ def test_a_deleted_track_is_drawn_again(drawn, tmp_path):
 
 def test_other_arguments_and_other_folders_are_refused(drawn, tmp_path):
     with pytest.raises(KdocrError, match=r'tracks 90, now 91'): synth(drawn, TRACKS + 1, TEST, SEED)
+    with pytest.raises(KdocrError, match=r'variety 0.3, now 1.0'): synth(drawn, TRACKS, TEST, SEED, variety=1)
+    with pytest.raises(KdocrError, match='between 0 and 1'): synth(tmp_path/'wild', 4, 0, 0, variety=-1)
     (tmp_path/'thesis.tex').touch()
     with pytest.raises(KdocrError, match='not empty, and not a drawn set'): synth(tmp_path, 4, 0, 0)
     (tmp_path/'file').touch()
@@ -106,9 +113,10 @@ def test_a_full_disk_names_the_folder_and_can_go_on(tmp_path, monkeypatch, worke
 
 def _asked():
     from kdocr.core import digest
+    from kdocr.plates import VARIETY
     from kdocr.synth import DRAWING
     files = font_set()
-    return dict(drawing=DRAWING, tracks=120, test=0, seed=0, fonts=digest(*[p.name for p in files], *files), finished=False)
+    return dict(drawing=DRAWING, tracks=120, test=0, seed=0, variety=VARIETY, fonts=digest(*[p.name for p in files], *files), finished=False)
 
 def test_fonts_of_the_user(tmp_path):
     with pytest.raises(KdocrError, match='no .ttf or .otf'): font_set(tmp_path)
