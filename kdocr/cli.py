@@ -13,7 +13,7 @@ from .core import KdocrError, guard
 # %% ../nbs/59_cli.ipynb #0005
 def synth(a):
     from kdocr.synth import synth
-    print(synth(a.folder, tracks=a.tracks, test=a.test, seed=a.seed, fonts=a.fonts, workers=a.workers))
+    print(synth(a.folder, tracks=a.tracks, test=a.test, seed=a.seed, fonts=a.fonts, workers=a.workers, variety=a.variety))
 
 def check(a):
     from kdocr.icpr import check
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         arg('folder', type=Path, metavar='DIR'), arg('--tracks', type=int, default=1000, metavar='N', help='to train on (default: 1000)'),
         arg('--test', type=int, default=300, metavar='M', help='held out, with unseen texts (default: 300)'), arg('--seed', type=int, default=0, metavar='S'),
         arg('--fonts', type=Path, metavar='DIR', help='a folder of .ttf files to draw with, instead of the shipped ones'),
+        arg('--variety', type=float, default=0.3, metavar='V', help='0 to 1: 0.3 for small models and short runs, 1 for models that must read photographs (default: 0.3)'),
         arg('--workers', type=int, metavar='N', help='processes; the files are the same for any number (default: one a core)'))
     command(check, 'tell what is in a folder of tracks; exit status 1 if something is wrong, each fault named by its path',
         arg('folder', type=Path, metavar='DIR'))
