@@ -73,7 +73,7 @@ PEN = {'A': '08 40 88|15 75', 'B': '@00 80~ 84~ 04|04 84~ 88~ 08 00', 'C': '82 8
        'X': '00 88|80 08', 'Y': '00 44 80|44 48', 'Z': '00 80 08 88', '0': '@00~ 80~ 88~ 08~', '1': '02 80 88', '2': '02 00~ 80~ 83~ 08 88',
        '3': '02 00~ 80~ 84~ 34|34 84~ 88~ 08~ 06', '4': '68 60 06 86', '5': '80 00 03 83~ 88~ 08~ 06', '6': '82 80~ 00~ 08~ 88~ 84~ 04',
        '7': '00 80 38', '8': '@00~ 80~ 84~ 04~|@04~ 84~ 88~ 08~', '9': '06 08~ 88~ 80~ 00~ 04~ 84'}
-RELATIVE = {'I': 0, '1': .3, 'M': 1.25, 'W': 1.3, 'A': 1.1, 'V': 1.1, 'X': 1.05, 'Y': 1.1, 'E': .92, 'F': .92, 'L': .9, 'J': .9} # widths; the others 1
+RELATIVE = {'I': 0, '1': .3, 'M': 1.15, 'W': 1.18, 'A': 1.08, 'V': 1.08, 'Y': 1.08, 'E': .92, 'F': .92, 'L': .9, 'J': .9} # widths; the others 1
 
 def stamp(char:str, width:float, stroke:int, # as for `glyph`
           round_:float,                      # radius of the corners, as a share of the height
@@ -205,7 +205,9 @@ def furniture(style:Style, font:str, rng:np.random.Generator) -> np.ndarray: # (
     mask = np.zeros((_px(PLATE[1]), _px(PLATE[0])), np.uint8)
     if style.layout == 'Mercosur': return mask
     line = _line(style.town, font, _px(rng.uniform(11, 15)))
-    _paste(mask, line, (mask.shape[1] - line.shape[1])//2 + _px(rng.uniform(-12, 12)), _px(rng.uniform(15, 20)))
+    x, y = (mask.shape[1] - line.shape[1])//2 + _px(rng.uniform(-12, 12)), _px(rng.uniform(15, 20))
+    cv2.rectangle(mask, (x - 5, y - 3), (x + line.shape[1] + 4, y + line.shape[0] + 2), int(rng.uniform(0, 90)), -1) # the strip that bears it
+    _paste(mask, line, x, y)
     a, b = _px(rng.uniform(2, 6)), int(255*style.border)
     cv2.rectangle(mask, (a, a), (mask.shape[1] - 1 - a, mask.shape[0] - 1 - a), b, _px(2.5))
     return mask

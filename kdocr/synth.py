@@ -77,7 +77,7 @@ def write_track(root:Path, job:Job, seed:int, fonts:tuple, variety:float) -> Non
     os.replace(tmp, final)
 
 # %% ../nbs/13_synth.ipynb #000d
-DRAWING = 3 # raise when the drawing changes: sets of two drawings must not be mixed
+DRAWING = 4 # raise when the drawing changes: sets of two drawings must not be mixed
 
 @contextmanager
 def _writing(folder:Path) -> Iterator[None]:
@@ -97,32 +97,7 @@ def _claim(folder, asked):
     write_json(note, {**asked, 'finished': False})
     return False
 
-# %% ../nbs/13_synth.ipynb #000f
-def synth(folder:str|Path,            # made where missing
-          tracks:int, test:int,       # how many, to train and to test
-          seed:int,
-          fonts:str|Path|None=None,   # a folder of fonts, added to the shipped ones
-          workers:int|None=None,      # processes; None: as many as there are cores
-          variety:float=VARIETY,      # 0..1, how far plates stray from the middle; 1 for models that must read photographs
-         ) -> Path:                   # the folder
-    "Draw a data set in the competition's layout, the test part's texts in `test_labels.csv` beside it. Finishes what an earlier call began."
-    folder, files = Path(folder), font_set(fonts)
-    if tracks < 0 or test < 0 or tracks + test == 0: raise KdocrError(f'tracks {tracks}, test {test}: at least one track is needed, and none less than 0')
-    if not 0 <= variety <= 1: raise KdocrError(f'variety {variety}: it is between 0 and 1')
-    asked = dict(drawing=DRAWING, tracks=tracks, test=test, seed=seed, variety=float(variety), fonts=digest(*[str(p.name) for p in files], *files))
-    with _writing(folder):
-        finished, jobs = _claim(folder, asked), plan(tracks, test, seed)
-        left = [j for j in jobs if not (folder/j.folder).exists()] # in a finished set: what somebody deleted
-        if finished and not left: return folder
-        with progress(total=len(jobs), initial=len(jobs) - len(left), desc='drawing plates', unit='track') as bar:
-            for n in _draw_all(folder, left, seed, files, variety, workers or os.cpu_count()): bar.update(n)
-        with atomic_write(folder/'test_labels.csv') as tmp:
-            tmp.write_text('track,text,layout\n' + ''.join(f'{Path(j.folder).name},{j.text},{j.layout}\n' for j in jobs if j.test))
-        shutil.rmtree(folder/'.making', ignore_errors=True)
-        write_json(folder/'synth.json', {**asked, 'finished': True})
-    return folder
-
-# %% ../nbs/13_synth.ipynb #0011
+# %% ../nbs/13_synth.ipynb #0010
 def _serve(pipe:int): # the life of one process
     cv2.setNumThreads(1)
     told = json.load(sys.stdin)
@@ -153,3 +128,28 @@ def _draw_all(root, jobs, seed, fonts, variety, workers):
     finally:
         os.close(end)
         for p in procs: p.kill(); p.wait(); p.stderr.close()
+
+# %% ../nbs/13_synth.ipynb #0012
+def synth(folder:str|Path,            # made where missing
+          tracks:int, test:int,       # how many, to train and to test
+          seed:int,
+          fonts:str|Path|None=None,   # a folder of fonts, added to the shipped ones
+          workers:int|None=None,      # processes; None: as many as there are cores
+          variety:float=VARIETY,      # 0..1, how far plates stray from the middle; 1 for models that must read photographs
+         ) -> Path:                   # the folder
+    "Draw a data set in the competition's layout, the test part's texts in `test_labels.csv` beside it. Finishes what an earlier call began."
+    folder, files = Path(folder), font_set(fonts)
+    if tracks < 0 or test < 0 or tracks + test == 0: raise KdocrError(f'tracks {tracks}, test {test}: at least one track is needed, and none less than 0')
+    if not 0 <= variety <= 1: raise KdocrError(f'variety {variety}: it is between 0 and 1')
+    asked = dict(drawing=DRAWING, tracks=tracks, test=test, seed=seed, variety=float(variety), fonts=digest(*[str(p.name) for p in files], *files))
+    with _writing(folder):
+        finished, jobs = _claim(folder, asked), plan(tracks, test, seed)
+        left = [j for j in jobs if not (folder/j.folder).exists()] # in a finished set: what somebody deleted
+        if finished and not left: return folder
+        with progress(total=len(jobs), initial=len(jobs) - len(left), desc='drawing plates', unit='track') as bar:
+            for n in _draw_all(folder, left, seed, files, variety, workers or os.cpu_count()): bar.update(n)
+        with atomic_write(folder/'test_labels.csv') as tmp:
+            tmp.write_text('track,text,layout\n' + ''.join(f'{Path(j.folder).name},{j.text},{j.layout}\n' for j in jobs if j.test))
+        shutil.rmtree(folder/'.making', ignore_errors=True)
+        write_json(folder/'synth.json', {**asked, 'finished': True})
+    return folder
