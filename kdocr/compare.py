@@ -160,7 +160,7 @@ def verdict(runs:list[Run]) -> list[str]: # one sentence or two for each thing t
     else: said = [f'Best of {len(table)} students on {first.tracks} held-out low-resolution tracks: {" and ".join(best.arm)}, {pct(first.exact)} % exact match '
                   f'(95 % interval {pct(first.lo)} to {pct(first.hi)}).']
     for c in comparisons(students).itertuples():
-        what = 'no certain difference' if c.lo <= 0 <= c.hi else 'better than its control' if c.mean > 0 else 'WORSE than its control'
+        what = 'no certain difference' if c.lo <= 0 <= c.hi else 'better than its control' if c.mean > 0 else 'worse than its control'
         said.append(f'{c.arm}: {what}, {100 * c.mean:+.1f} points (paired 95 % interval {100 * c.lo:+.1f} to {100 * c.hi:+.1f}; '
                     f'{c.won} tracks won, {c.lost} lost, McNemar p = {c.p:.2g}).')
     said += [ONE_SEED] * (len(said) > 1)

@@ -26,7 +26,7 @@ def _cell(x): return '–' if x is None or x != x else html.escape(str(x))
 def table_html(frame:pd.DataFrame, bold:int|None=None # position of the row to set in bold
               ) -> str:
     "A frame as an HTML table; columns of numbers and ranges to the right."
-    numeric = [all(re.fullmatch(r'[-+–\d. /%]*( to [-+\d.]+)?', _cell(v)) for v in frame[c]) for c in frame]
+    numeric = [all(re.fullmatch(r'[-+–\d. /%e]*( to [-+\d.]+)?', _cell(v)) for v in frame[c]) for c in frame]
     def row(tag, cells, best=False): return f'<tr{" class=best" if best else ""}>' + ''.join(f'<{tag}{" class=n" if n else ""}>{_cell(v)}</{tag}>' for v, n in zip(cells, numeric)) + '</tr>'
     return f"<table>{row('th', frame.columns)}{''.join(row('td', r, i == bold) for i, r in enumerate(frame.itertuples(index=False)))}</table>"
 
@@ -71,7 +71,7 @@ h3 { font-size: 1.1rem; margin: 2rem 0 .4rem } p, li { max-width: 46rem } a { co
 blockquote { margin: .2rem 0 1rem; color: var(--soft) } blockquote p { margin: 0 }
 .scroll { overflow-x: auto } table, th, td { border: 0 } table { border-collapse: collapse; margin: 1rem 0; font-size: .94rem; font-variant-numeric: tabular-nums }
 th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line) } th, td { padding: .35rem 1.1rem .35rem 0; vertical-align: top }
-td, tbody th { border-bottom: 1px solid var(--line) } td:first-child { white-space: nowrap } .dataframe td { text-align: right } .n { text-align: right; white-space: nowrap } tr.best td { font-weight: 700 }
+td, tbody th { border-bottom: 1px solid var(--line) } td { white-space: nowrap } .dataframe td { text-align: right } .n { text-align: right; white-space: nowrap } tr.best td { font-weight: 700 }
 img { max-width: 100%; height: auto; display: block; margin: .8rem 0 } pre { font-size: .84rem; white-space: pre-wrap; background: #f7f8f9; padding: .6rem .9rem; overflow-x: auto }
 code { font-size: .88em; background: #f3f4f6; padding: .1em .3em } footer { margin-top: 3rem; color: var(--soft); font-size: .86rem }
 '''

@@ -53,7 +53,7 @@ def test_labels_say_what_differs_and_no_more():
     assert labels([student('a', 1).cfg, student('b', 1, threads=2, distill_weight=0).cfg]) == ['random init, distilled', 'random init, control']
     assert labels([student('a', 1).cfg, student('b', 1, seed=3).cfg]) == ['random init, distilled, seed 0', 'random init, distilled, seed 3']
 
-@pytest.mark.parametrize('right, words', [(80, 'better than its control, +20.0'), (61, 'no certain difference, +1.0'), (40, 'WORSE than its control, -20.0')])
+@pytest.mark.parametrize('right, words', [(80, 'better than its control, +20.0'), (61, 'no certain difference, +1.0'), (40, 'worse than its control, -20.0')])
 def test_verdict_in_words(right, words):
     runs = [student('c', 60, distill_weight=0), student('d', right)]
     said = verdict(runs)
