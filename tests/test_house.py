@@ -88,6 +88,7 @@ def test_floors_hold(module):
     assert floor(module) == 5 or not drawing, f'floor {floor(module)} imports {drawing}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('nb', LIBRARY, ids=lambda p: p.stem)
 def test_library_notebooks_run(nb, tmp_path):
     "Every lesson holds, from a clean kernel."

@@ -92,6 +92,7 @@ def test_what_the_config_can_say_the_run_notebook_can():
 def test_analysis_without_runs_says_how_to_make_some(name, tmp_path):
     assert 'kdocr demo' in ' '.join(outputs(run_notebook(name, tmp_path, {'out': tmp_path})))
 
+@pytest.mark.slow
 def test_benchmark(tmp_path):
     run_notebook('benchmark', tmp_path, dict(batch_size=4, rounds=2, out=tmp_path))
     result = json.loads((tmp_path/'benchmark.json').read_text())
