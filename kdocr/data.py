@@ -39,7 +39,7 @@ class PlateBatch:
         move = lambda x: None if x is None else x.to(device, non_blocking=True)
         return replace(self, images=move(self.images), clean_hr=move(self.clean_hr))
 
-# %% ../nbs/16_data.ipynb #0007
+# %% ../nbs/16_data.ipynb #0008
 @lru_cache(maxsize=4)
 def _order(n, epoch, seed): return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, 'epoch', epoch)))
 
@@ -50,7 +50,7 @@ def rows_of(step:int,       # counted from 0
     at = torch.arange(step * batch_size, (step + 1) * batch_size)
     return torch.cat([_order(n, e, seed)[at[at // n == e] % n] for e in range(int(at[0]) // n, int(at[-1]) // n + 1)])
 
-# %% ../nbs/16_data.ipynb #000a
+# %% ../nbs/16_data.ipynb #000b
 class Plates(Dataset):
     "Tracks of a pack by key; `views` says which pictures a batch is made of."
     def __init__(self, pack:Pack,
@@ -99,7 +99,7 @@ class Plates(Dataset):
 def _tensor(x, device): # (b,f,H,W,3) uint8 -> (b,f,3,H,W) in [-1,1]
     return torch.from_numpy(x).to(device, non_blocking=True).permute(0, 1, 4, 2, 3).float().div_(127.5).sub_(1).contiguous()
 
-# %% ../nbs/16_data.ipynb #000c
+# %% ../nbs/16_data.ipynb #000d
 GAP = 0.44  # of the width: where the letters end, (39 + 3*46)/400 mm
 
 def join_halves(b:PlateBatch,
@@ -120,7 +120,7 @@ def _in_light_of(x, like): # (n,f,3,h,w): the colours of x with the mean and spr
     mean, std = (lambda v: v.mean((3, 4), keepdim=True)), (lambda v: v.std((3, 4), keepdim=True) + 0.02)
     return ((x - mean(x)) * (std(like) / std(x)) + mean(like)).clamp_(-1, 1)
 
-# %% ../nbs/16_data.ipynb #000e
+# %% ../nbs/16_data.ipynb #000f
 class ICPR_LPR_HR_Dataset(Plates):
     "HR frames; `clean_hr` is None."
     def __init__(self, pack:Pack, keys, frames:int=1, augment:float=0., seed:int=0, train:bool=True, recombine:float=0.):
@@ -129,7 +129,7 @@ class ICPR_LPR_HR_Dataset(Plates):
 
     def views(self, at, frames, g): return self.pack.hr[at[:, None], frames], None, self.pack.heights['hr'][at[:, None], frames]
 
-# %% ../nbs/16_data.ipynb #0011
+# %% ../nbs/16_data.ipynb #0012
 class ICPR_LPR_Distill_Dataset(Plates):
     "LR frames or degraded HR frames, paired with the clean HR frames that the teacher sees."
     def __init__(self, pack:Pack, keys, frames:int=1, augment:float=0., seed:int=0, train:bool=True, recombine:float=0.,
@@ -152,7 +152,7 @@ class ICPR_LPR_Distill_Dataset(Plates):
             images[take] = p.degraded[at[take], view[take], frames[take]]
         return images, p.hr[at, frames] if self.clean_hr_guided else None, heights
 
-# %% ../nbs/16_data.ipynb #001b
+# %% ../nbs/16_data.ipynb #001c
 SPLIT_SEED = 0
 EMBEDDED_SEED = 0
 
@@ -166,7 +166,7 @@ class Data:
     fingerprint:str    # of keys, texts and file sizes: the same data give the same on any machine
     root:Path
 
-# %% ../nbs/16_data.ipynb #001c
+# %% ../nbs/16_data.ipynb #001d
 def open_data(cfg:Config) -> Data:
     "Index, pack and split the config's data. Raises one `KdocrError` for all that is wrong with its files."
     root = cfg.data or synth(cfg.out/'embedded', tracks=cfg.synth_tracks, test=cfg.synth_test, seed=EMBEDDED_SEED)
