@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(call=f)
     def arg(*names, **kw): return names, kw
     command(demo, 'draw plates, train a teacher and four students, compare them: the whole path in minutes',
-        arg('--out', type=Path, default=Path('demo'), metavar='DIR', help='where everything goes; the same command goes on where it stopped (default: demo)'),
+        arg('--out', type=Path, metavar='DIR', help='where everything goes; the same command goes on where it stopped (default: demo, or demo_quick)'),
         arg('--data', type=Path, metavar='DIR', help='real tracks in the competition\'s layout instead of drawn ones'),
         arg('--quick', action='store_true', help='tiny, under 90 seconds: shows that everything works, its figures mean little'),
         arg('--cores', type=int, default=os.cpu_count(), metavar='N', help='trainings at a time, one thread each (default: %(default)s)'))
