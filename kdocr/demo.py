@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
 SETTINGS = dict(batch_size=32, val_share=.2, augment=.5, recombine=.3, lr=5e-3, log_every=5)
 FULL = Plan(3200, 1000, 2000, 1200, dict(SETTINGS, eval_every=200, checkpoint_every=50))
-QUICK = Plan(160, 80, 40, 40, dict(SETTINGS, eval_every=20, checkpoint_every=10))
+QUICK = Plan(400, 100, 240, 160, dict(SETTINGS, eval_every=80, checkpoint_every=20))
 
 class Job(NamedTuple):
     "A run of the train_kd notebook."
