@@ -52,6 +52,7 @@ class Pack:
     lr:np.ndarray                 # (n,5,H,W,3) uint8 RGB
     hr:np.ndarray|None            # (n,5,H,W,3); None in a test part
     degraded:np.ndarray|None      # (n,views,5,H,W,3); None without views
+    faults:dict[str, str]         # key of a track whose row is not filled -> what is wrong, naming the file
 
     def __len__(self): return len(self.keys)
 
@@ -74,7 +75,7 @@ def open_pack(folder:Path) -> Pack|None:
         arrays[name] = np.load(file, mmap_mode='r')
     heights = {k: np.array(v, dtype=int) for k, v in about['heights'].items()}
     return Pack(folder, about['keys'], about['texts'], about['layouts'], about['scenarios'], heights,
-                arrays['lr'], arrays.get('hr'), arrays.get('degraded'))
+                arrays['lr'], arrays.get('hr'), arrays.get('degraded'), about['faults'])
 
 # %% ../nbs/14_pack.ipynb #0012
 def shapes(tracks, height, width, views) -> dict[str, tuple]:
@@ -134,7 +135,7 @@ def pack(tracks:Sequence[Track], # all of one part of the data
                 room(cache, tracks, height, width, views)
                 _make(tracks, folder, height, width, views, seed, workers)
                 found = open_pack(folder)
-            return found, read_json(folder/'index.json')['faults']
+            return found, found.faults
     except OSError as e: raise KdocrError(f'{e.filename or cache}: {e.strerror}') from None
 
 def _make(tracks, folder, height, width, views, seed, workers):

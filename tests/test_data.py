@@ -62,7 +62,7 @@ def small(tmp_path, plates, **values): return load_config(**{**dict(out=tmp_path
 def by_hand(n, lr, hr, degraded=None):
     "A pack in memory."
     heights = {k: np.arange(n)[:, None].repeat(5, 1) + base for k, base in (('lr', 10), ('hr', 100))}
-    return Pack('in memory', [f't{i}' for i in range(n)], texts(n), ['Brazilian'] * n, ['B'] * n, heights, lr, hr, degraded)
+    return Pack('in memory', [f't{i}' for i in range(n)], texts(n), ['Brazilian'] * n, ['B'] * n, heights, lr, hr, degraded, {})
 
 
 def numbered(n=12, views=2):
