@@ -79,48 +79,58 @@ class Plates(Dataset):
         g = torch.Generator().manual_seed(seed_of(self.seed, 'batch', step))
         at = self.rows[rows.numpy()]                                      # (b,) rows of the pack
         frames = self._draw_frames(len(at), g) if frames is None else np.arange(frames)[None].repeat(len(at), 0) # (b,f)
-        images, clean, heights = self.views(at, frames, g)
+        images, clean, heights = self.views(at, frames, g)                # (b,f,H,W,3) uint8
         p = self.pack
-        b = PlateBatch([p.keys[i] for i in at], to_input(images, device), None if clean is None else to_input(clean, device),
+        b = PlateBatch([p.keys[i] for i in at], _bytes(images, device), None if clean is None else _bytes(clean, device),
                        [p.texts[i] for i in at], [p.layouts[i] for i in at], [p.scenarios[i] for i in at], heights[:, 0].tolist())
         if self.recombine: b = join_halves(b, self.recombine, g)
-        return self._augment(b, g) if self.augment else b
+        return self._seen(b, g)
 
     def _draw_frames(self, b, g): # distinct frames, a new choice a track and step
         if not self.train: return np.arange(self.frames)[None].repeat(b, 0)
         return torch.rand(b, FRAMES, generator=g).argsort(1)[:, :self.frames].numpy()
 
-    def _augment(self, b, g):
-        pair = b.images if b.clean_hr is None else torch.cat((b.images, b.clean_hr), 2)  # as channels: one map for both
-        pair = warp(pair, draw_geometry(len(b), self.augment, g))
-        images = apply_light(pair[:, :, :3], *draw_light(len(b), self.augment, g))
-        return replace(b, images=images, clean_hr=None if b.clean_hr is None else pair[:, :, 3:])
+    def _seen(self, b, g): # bytes to what the networks see
+        light = lambda x: to_input(x)
+        if self.augment:
+            pair = b.images if b.clean_hr is None else torch.cat((b.images, b.clean_hr), 1) # as frames: one map for both
+            pair, f = warp(pair, draw_geometry(len(b), self.augment, g)), b.images.shape[1]
+            b = replace(b, images=pair[:, :f], clean_hr=None if b.clean_hr is None else pair[:, f:])
+            light = lambda x: apply_light(to_input(x), *draw_light(len(b), self.augment, g))
+        return replace(b, images=light(b.images), clean_hr=None if b.clean_hr is None else to_input(b.clean_hr))
 
-def to_input(x:np.ndarray, # (b,f,H,W,3) uint8 RGB
-             device='cpu') -> Tensor: # (b,f,3,H,W) in [-1,1]
+def _bytes(x, device): return torch.from_numpy(x).to(device, non_blocking=True)
+
+def to_input(x:Tensor) -> Tensor: # (b,f,H,W,3) uint8 RGB -> (b,f,3,H,W) in [-1,1]
     "What a network sees of decoded pictures: the one place that scales them."
-    return torch.from_numpy(x).to(device, non_blocking=True).permute(0, 1, 4, 2, 3).float().div_(127.5).sub_(1).contiguous()
+    b, f, h, w, c = x.shape
+    return torch.empty(b, f, c, h, w, device=x.device).copy_(x.permute(0, 1, 4, 2, 3)).div_(127.5).sub_(1)
 
 # %% ../nbs/16_data.ipynb #000d
 GAP = 0.44  # of the width: where the letters end, (39 + 3*46)/400 mm
 
-def join_halves(b:PlateBatch,
-                share:float, # of the tracks that get another's right part
+def join_halves(b:PlateBatch,    # pictures (n,f,H,W,3) uint8
+                share:float,     # of the tracks that get another's right part
                 generator:torch.Generator) -> PlateBatch: # with new texts, and keys `left+right`
     "Tracks whose right part comes from another track of the batch with the same layout."
-    n, w = b.images.shape[0], b.images.shape[-1]
+    n, w = len(b), b.images.shape[3]
     other = torch.randperm(n, generator=generator)
     take = (torch.rand(n, generator=generator) < share) & torch.tensor([b.layouts[i] == b.layouts[j] for i, j in enumerate(other)])
     cut = ((GAP + 0.02 * (2 * torch.rand(n, generator=generator) - 1)) * w).round()           # (n,) columns
-    right = (take[:, None] & (torch.arange(w) >= cut[:, None])).to(b.images.device)[:, None, None, None] # (n,1,1,1,w)
-    def join(x): return x if x is None else torch.where(right, _in_light_of(x[other.to(x.device)], x), x)
-    mixed = [(f'{b.keys[i]}+{b.keys[j]}', b.texts[i][:3] + b.texts[j][3:]) if t else (b.keys[i], b.texts[i]) for i, (j, t) in enumerate(zip(other, take))]
-    keys, texts = map(list, zip(*mixed))
+    who, right = take.nonzero()[:, 0], (torch.arange(w) >= cut[:, None])                      # (k,), (n,w)
+    def join(x):
+        if x is None or not len(who): return x
+        here, there = who.to(x.device), other[who].to(x.device)
+        mixed = torch.where(right[who].to(x.device)[:, None, None, :, None], _in_light_of(x[there], x[here]), x[here])
+        return x.index_copy(0, here, mixed)
+    names = [(f'{b.keys[i]}+{b.keys[j]}', b.texts[i][:3] + b.texts[j][3:]) if t else (b.keys[i], b.texts[i]) for i, (j, t) in enumerate(zip(other, take))]
+    keys, texts = map(list, zip(*names))
     return replace(b, keys=keys, texts=texts, images=join(b.images), clean_hr=join(b.clean_hr))
 
-def _in_light_of(x, like): # (n,f,3,h,w): the colours of x with the mean and spread of `like`
-    mean, std = (lambda v: v.mean((3, 4), keepdim=True)), (lambda v: v.std((3, 4), keepdim=True) + 0.02)
-    return ((x - mean(x)) * (std(like) / std(x)) + mean(like)).clamp_(-1, 1)
+def _in_light_of(x, like): # (k,f,h,w,3) uint8: the colours of x with the mean and spread of `like`
+    x, like = x.float(), like.float()
+    mean, std = (lambda v: v.mean((2, 3), keepdim=True)), (lambda v: v.std((2, 3), keepdim=True) + 2.5)
+    return ((x - mean(x)) * (std(like) / std(x)) + mean(like)).round_().clamp_(0, 255).to(torch.uint8)
 
 # %% ../nbs/16_data.ipynb #000f
 class ICPR_LPR_HR_Dataset(Plates):
