@@ -61,6 +61,8 @@ def new_projections(cfg:Config, student:nn.Module, teacher:nn.Module) -> Project
 # %% ../nbs/42_distill.ipynb #000d
 class TrainerDistill(Trainer):
     "Trains a student on L_CTC + distill_weight * (L_backbone + L_transformer + L_logits)."
+    needs_clean = True
+
     def __init__(self, cfg:Config, run:RunFolder, data:Data, model:nn.Module, teacher:nn.Module):
         self.project = new_projections(cfg, model, freeze(teacher))
         super().__init__(cfg, run, data, model, dict(project=self.project))

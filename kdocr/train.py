@@ -15,7 +15,7 @@ from .core import KdocrError, Stopped, progress, seed_of, stop_signals
 from .config import Config
 from .charset import Charset
 from .metrics import Prediction, score
-from .data import Data, PlateBatch, rows_of
+from .data import Data, PlateBatch, rows_of, settle
 from .ctc import check_spellable, ctc_loss, greedy
 from .run import RunFolder, describe, load_checkpoint, load_model, save_checkpoint
 
@@ -83,6 +83,7 @@ class Stepper:
         self.precision = pick_precision(cfg.precision, self.device)
         if not len(data.train) or not len(data.val): raise KdocrError(f'{len(data.train)} tracks to train on and {len(data.val)} to validate: both are needed')
         check_spellable(data.train.keys, data.train.texts, self.charset, model.time_steps(cfg.width))
+        settle((data.train, data.val, data.test), self.device, cfg.keep)
         self.modules = {k: m.to(self.device) for k, m in {'model': model, **(extra or {})}.items()}
         self.model, self.params = model, [p for m in self.modules.values() for p in m.parameters()]
         self.opt = torch.optim.AdamW(self.params, cfg.lr, weight_decay=cfg.weight_decay, fused=self.device.type in ('cpu', 'cuda'))
@@ -90,9 +91,12 @@ class Stepper:
         self.per_epoch = len(data.train) / cfg.batch_size
         self.total = cfg.steps or math.ceil(cfg.epochs * self.per_epoch)
 
+    needs_clean = False # whether somebody looks at the batch's `clean_hr`
+
     def batch(self, step:int) -> PlateBatch:
         "The batch of any step, past or future."
-        return self.data.train.batch(rows_of(step, len(self.data.train), self.cfg.batch_size, self.cfg.seed), step, self.device)
+        rows = rows_of(step, len(self.data.train), self.cfg.batch_size, self.cfg.seed)
+        return self.data.train.batch(rows, step, self.device, clean=self.needs_clean)
 
     def losses(self, batch:PlateBatch) -> dict[str, Tensor]:
         "The parts of the loss, scalars in fp32."

@@ -8,6 +8,7 @@ __all__ = ['Flags', 'new_trainer', 'train_kd', 'parse', 'summary', 'main']
 # %% ../nbs/43_train_kd.ipynb #0002
 import sys
 from typing import Annotated, Literal, TypedDict, get_args, get_origin
+import cv2
 import torch
 import tyro
 from torch import nn
@@ -30,7 +31,7 @@ def new_trainer(cfg:Config, run:RunFolder, data:Data,
 # %% ../nbs/43_train_kd.ipynb #0007
 def train_kd(cfg:Config) -> RunFolder: # the finished run
     "Train a teacher or a student; go on where an earlier call stopped."
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.threads); cv2.setNumThreads(cfg.threads)
     run, data = RunFolder(cfg.out/cfg.name), open_data(cfg)
     teacher = load_teacher(cfg, data.split.hash) if cfg.mode == 'student' and cfg.teacher_checkpoint else None
     ids = dict(data_fingerprint=data.fingerprint, split_hash=data.split.hash, teacher_hash=teacher and state_hash(teacher))
