@@ -128,6 +128,8 @@ class Config(StepSettings):
     "Architecture of the student."
     teacher_checkpoint: OptionalPath = None
     "The frozen teacher of student mode."
+    teacher_precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto'
+    "Arithmetic of the frozen teacher; auto: bf16 where the device multiplies in it, fp32 elsewhere."
     teacher_cache: Literal['auto', 'on', 'off'] = 'auto'
     "Compute the teacher's taps once and keep them beside the packs. auto: where its view of a track is fixed (no augmentation, or geometry_views); on: refuse where it is not."
     student_init: str = 'random'
