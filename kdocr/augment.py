@@ -7,6 +7,7 @@ __all__ = ['draw_geometry', 'lookup', 'warp', 'draw_light', 'apply_light']
 
 # %% ../nbs/15_augment.ipynb #0002
 import cv2
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,8 +54,8 @@ def _remap(images, x, y):
     out, some = torch.empty_like(images), _ROWS // h
     for a in range(0, n, some):
         k = min(some, n - a)
-        rows = y[a:a + k] + h * torch.arange(k)[:, None, None]                    # of the tall picture
-        table = cv2.convertMaps(x[a:a + k].reshape(-1, w).numpy(), rows.view(-1, w).numpy(), cv2.CV_16SC2)
+        table = cv2.convertMaps(*(v[a:a + k].reshape(-1, w).numpy() for v in (x, y)), cv2.CV_16SC2)
+        table[0].reshape(k, h, w, 2)[..., 1] += h * np.arange(k, dtype=np.int16)[:, None, None] # rows of the tall picture; whole numbers, so a track's place in the batch changes nothing
         for j in range(f):
             tall = images[a:a + k, j].reshape(-1, w, c).numpy()
             out[a:a + k, j] = torch.from_numpy(cv2.remap(tall, *table, cv2.INTER_LINEAR)).view(k, h, w, c)

@@ -9,7 +9,7 @@ __all__ = ['SETS', 'GAP', 'SPARE', 'SPLIT_SEED', 'EMBEDDED_SEED', 'PlateBatch', 
 
 # %% ../nbs/16_data.ipynb #0002
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -39,6 +39,9 @@ class PlateBatch:
     views:Tensor|None=None # (b,) which of the data set's fixed views each track is in; None where they are drawn anew
 
     def __len__(self): return len(self.keys)
+
+    def __getitem__(self, part:slice) -> 'PlateBatch':
+        return PlateBatch(*(v if v is None else v[part] for v in (getattr(self, f.name) for f in fields(self))))
 
     def to(self, device) -> 'PlateBatch':
         move = lambda x: None if x is None else x.to(device, non_blocking=True)
@@ -96,17 +99,19 @@ class Plates(Dataset):
               step:int=0,           # names the random numbers
               device='cpu',
               frames:int|None=None,       # read the first so many, whatever `self.frames` is
-              clean:bool=True) -> PlateBatch: # False: without the teacher's pictures, where nobody looks at them
+              clean:bool=True,            # False: without the teacher's pictures, where nobody looks at them
+              part:slice=slice(None)) -> PlateBatch: # of the batch: another process has the rest; what is random stays the whole batch's
         g = torch.Generator().manual_seed(seed_of(self.seed, 'batch', step))
         at = self.rows[rows.numpy()]                                      # (b,) rows of the pack
         which = self._draw_set(len(at), g) if frames is None else None     # (b,) numbers of sets
         frames = np.arange(frames)[None].repeat(len(at), 0) if which is None else np.array(SETS[self.frames])[which] # (b,f)
-        images, hr, heights = self.pictures(at, frames, g, device, clean)  # (b,f,H,W,3) uint8
-        p = self.pack
+        mine = slice(None) if self.recombine else part                      # halves may come from anywhere in the batch
+        images, hr, heights = self.pictures(at, frames, g, device, clean, mine) # (b,f,H,W,3) uint8
+        p, at = self.pack, at[mine]
         b = PlateBatch([p.keys[i] for i in at], images, hr, [p.texts[i] for i in at],
-                       [p.layouts[i] for i in at], [p.scenarios[i] for i in at], heights[:, 0].tolist(), rows)
-        if self.recombine: b = join_halves(b, self.recombine, g)
-        return self._seen(b, which, g)
+                       [p.layouts[i] for i in at], [p.scenarios[i] for i in at], heights[:, 0].tolist(), rows[mine])
+        if self.recombine: b = join_halves(b, self.recombine, g)[part]
+        return self._seen(b, len(rows), which, g, part)
 
     def take(self, name:str,  # an array of the pack
              *at,             # an index an axis, numpy
@@ -119,14 +124,15 @@ class Plates(Dataset):
     def _draw_set(self, b, g): # of frames, anew for each track and step
         return torch.randint(len(SETS[self.frames]), (b,), generator=g) if self.train else torch.zeros(b, dtype=torch.long)
 
-    def _seen(self, b, which, g): # bytes to what the networks see
-        pick = torch.zeros(len(b), dtype=torch.long) if self.maps is None else torch.randint(self.maps.shape[1], (len(b),), generator=g)
-        if self.fixed is None and which is not None: b = replace(b, views=which * (1 if self.maps is None else self.maps.shape[1]) + pick)
+    def _seen(self, b, n, which, g, part): # bytes to what the networks see; n tracks in the whole batch
+        pick = torch.zeros(n, dtype=torch.long) if self.maps is None else torch.randint(self.maps.shape[1], (n,), generator=g)
+        if self.fixed is None and which is not None: b = replace(b, views=(which * (1 if self.maps is None else self.maps.shape[1]) + pick)[part])
         if not self.augment: return replace(b, images=to_input(b.images), clean_hr=None if b.clean_hr is None else to_input(b.clean_hr))
-        theta = draw_geometry(len(b), self.augment, g) if self.maps is None else self.maps[b.rows, pick]
+        theta = draw_geometry(n, self.augment, g)[part] if self.maps is None else self.maps[b.rows, pick[part]]
+        matrix, offset = draw_light(n, self.augment, g)
         pair = b.images if b.clean_hr is None else torch.cat((b.images, b.clean_hr), 1) # as frames: one map for both
         pair, f = warp(pair, theta), b.images.shape[1]
-        images = apply_light(to_input(pair[:, :f]), *draw_light(len(b), self.augment, g))
+        images = apply_light(to_input(pair[:, :f]), matrix[part], offset[part])
         return replace(b, images=images, clean_hr=None if b.clean_hr is None else to_input(pair[:, f:]))
 
 def to_input(x:Tensor) -> Tensor: # (b,f,H,W,3) uint8 RGB -> (b,f,3,H,W) in [-1,1]
@@ -167,7 +173,8 @@ class ICPR_LPR_HR_Dataset(Plates):
         if pack.hr is None: raise KdocrError(f'{pack.folder}: these tracks have no HR frames')
         super().__init__(pack, keys, frames, augment, seed, train, recombine)
 
-    def pictures(self, at, frames, g, device, clean):
+    def pictures(self, at, frames, g, device, clean, part):
+        at, frames = at[part], frames[part]
         return self.take('hr', at[:, None], frames, device=device), None, self.pack.heights['hr'][at[:, None], frames]
 
 # %% ../nbs/16_data.ipynb #0012
@@ -184,14 +191,17 @@ class ICPR_LPR_Distill_Dataset(Plates):
         self.share = {'lr': 0., 'degraded': 1., 'mix': degraded_share}[student_input]
         self.clean_hr_guided = clean_hr_guided
 
-    def pictures(self, at, frames, g, device, clean):
-        p, at = self.pack, at[:, None]                                      # (b,1), broadcasts with frames (b,f)
-        images, heights = self.take('lr', at, frames, device=device), p.heights['lr'][at, frames]
-        if self.share:
-            some = (torch.rand(len(at), generator=g).numpy() < self.share).nonzero()[0] # who gets a degraded copy
-            view = torch.randint(p.degraded.shape[1], (len(at), 1), generator=g).numpy() if self.train else np.zeros_like(at)
-            images[torch.from_numpy(some).to(images.device)] = self.take('degraded', at[some], view[some], frames[some], device=device)
+    def pictures(self, at, frames, g, device, clean, part):
+        some, view = self._degraded(len(at), g)
+        at, frames, some, view = at[part, None], frames[part], some[part], view[part]  # (b,1), broadcasts with frames (b,f)
+        images, heights = self.take('lr', at, frames, device=device), self.pack.heights['lr'][at, frames]
+        if some.any(): images[torch.from_numpy(some).to(images.device)] = self.take('degraded', at[some], view[some], frames[some], device=device)
         return images, self.take('hr', at, frames, device=device) if self.clean_hr_guided and clean else None, heights
+
+    def _degraded(self, n, g): # (n,) who gets a degraded copy, (n,1) which
+        if not self.share: return np.zeros(n, bool), np.zeros((n, 1), int)
+        some, views = torch.rand(n, generator=g).numpy() < self.share, self.pack.degraded.shape[1]
+        return some, torch.randint(views, (n, 1), generator=g).numpy() if self.train else np.zeros((n, 1), int)
 
     @property
     def fixed(self): return super().fixed if self.clean_hr_guided else "the teacher sees the student's own view (clean_hr_guided: false)"

@@ -420,3 +420,17 @@ def test_pictures_that_do_not_fit_are_refused_before_they_are_copied(monkeypatch
     monkeypatch.setattr(torch, 'from_numpy', None)
     with pytest.raises(KdocrError, match='keep: device, but the packed pictures need .* keep: mapped'): settle([data], 'cpu', 'device')
     assert settle([data], torch.device('cuda'), 'auto') == 0, 'read from the files instead'
+
+
+@pytest.mark.parametrize('how', [dict(augment=1.), dict(augment=1., geometry_views=2, student_input='mix'), dict(augment=1., recombine=.7), dict(frames=3)])
+def test_the_parts_of_a_batch_are_the_batch(how):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 12, 5, 32, 128, 3), dtype=np.uint8)
+    pack = by_hand(12, *noise, degraded=noise[:1].transpose(1, 0, 2, 3, 4, 5))
+    data = ICPR_LPR_Distill_Dataset(pack, pack.keys, **how)
+    rows = torch.tensor([5, 2, 9, 0, 11, 4])
+    whole, parts = data.batch(rows, 3), [data.batch(rows, 3, part=slice(a, a + 3)) for a in (0, 3)]
+    join = lambda name: torch.cat([getattr(p, name) for p in parts])
+    assert torch.equal(join('rows'), whole.rows) and torch.equal(join('clean_hr'), whole.clean_hr)
+    assert (join('images') - whole.images).abs().max() < 1e-6, 'a product may sum in another order'
+    assert sum([p.keys for p in parts], []) == whole.keys and sum([p.texts for p in parts], []) == whole.texts and sum([p.heights for p in parts], []) == whole.heights
+    if whole.views is not None: assert torch.equal(torch.cat([p.views for p in parts]), whole.views)
