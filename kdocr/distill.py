@@ -10,6 +10,7 @@ __all__ = ['freeze', 'load_teacher', 'new_model', 'new_student', 'glance', 'new_
 from pathlib import Path
 import torch
 from torch import Tensor, nn
+from .ranks import Ranks
 from .core import KdocrError, digest, seed_of
 from .config import Config
 from .charset import Charset
@@ -84,9 +85,9 @@ def teacher_taps(cfg:Config, data:Data, teacher:nn.Module,
 # %% ../nbs/42_distill.ipynb #000d
 class TrainerDistill(Trainer):
     "Trains a student on L_CTC + distill_weight * (L_backbone + L_transformer + L_logits)."
-    def __init__(self, cfg:Config, run:RunFolder, data:Data, model:nn.Module, teacher:nn.Module):
+    def __init__(self, cfg:Config, run:RunFolder, data:Data, model:nn.Module, teacher:nn.Module, ranks:Ranks=Ranks()):
         self.project = new_projections(cfg, model, freeze(teacher))
-        super().__init__(cfg, run, data, model, dict(project=self.project))
+        super().__init__(cfg, run, data, model, dict(project=self.project), ranks)
         self.teacher, precision = teacher, pick_teacher_precision(cfg.teacher_precision, self.device)
         self.frozen = Frozen(teacher, precision, self.device)
         self.cache = teacher_taps(cfg, data, teacher, self.frozen, self.device, precision) # None: a live teacher

@@ -8,9 +8,11 @@ __all__ = ['pick_device', 'pick_precision', 'autocast', 'lr_at', 'read_frames', 
 
 # %% ../nbs/41_train.ipynb #0002
 import math, time
+from itertools import zip_longest
 from pathlib import Path
 import torch
 from torch import Tensor, nn
+from .ranks import Ranks, shared_batchnorm
 from .core import KdocrError, Stopped, progress, seed_of, stop_signals
 from .config import Config
 from .charset import Charset
@@ -20,9 +22,11 @@ from .ctc import check_spellable, ctc_loss, greedy
 from .run import RunFolder, describe, load_checkpoint, load_model, save_checkpoint
 
 # %% ../nbs/41_train.ipynb #0005
-def pick_device(name:str) -> torch.device:
-    "The device of that name; 'auto' is CUDA where there is one. Raises `KdocrError` where it cannot be used."
-    try: return torch.empty(0, device=name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu').device
+def pick_device(name:str, ranks:Ranks=Ranks()) -> torch.device:
+    "The device of that name; 'auto' is CUDA where there is one, 'cuda' the rank's own. Raises `KdocrError` where it cannot be used."
+    name = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name == 'cuda' and ranks.world > 1: name = f'cuda:{ranks.local}'
+    try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e: raise KdocrError(f'device {name!r}: {str(e).splitlines()[0]}') from None
 
 _HALF = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
@@ -61,29 +65,33 @@ def evaluate(model:nn.Module,     # with `forward_taps`
              precision:str='fp32',
              frames:int|None=None, # of a track, each read alone; None: as many as the model sees at once
              batch_size:int=64,    # tracks at once
-            ) -> list[Prediction]:
+             ranks:Ranks=Ranks(),  # who share the reading
+            ) -> list[Prediction]: # the same on every rank
     "What `model`, in eval mode, reads in each track."
     preds, mode = [], model.training
     model.eval()
-    for rows in torch.arange(len(dataset)).split(batch_size):
+    for rows in torch.arange(len(dataset))[ranks.rank::ranks.world].split(batch_size):
         batch = dataset.batch(rows, 0, device, frames)
         with autocast(device, precision): logits = read_frames(model, batch.images, frames is not None) # (b,t,c)
         preds += [Prediction(key, text, r.text, r.confidence, layout, scenario, int(height))
                   for key, text, r, layout, scenario, height in zip(batch.keys, batch.texts, greedy(logits, charset), batch.layouts, batch.scenarios, batch.heights)]
     model.train(mode)
-    return preds
+    parts = ranks.gather(preds)
+    return [p for some in zip_longest(*parts) for p in some if p is not None]
 
 # %% ../nbs/41_train.ipynb #0011
 class Stepper:
     "Takes optimizer steps; `step` counts those taken."
     def __init__(self, cfg:Config, data:Data, model:nn.Module,
-                 extra:dict[str, nn.Module]|None=None): # what else is trained, by name
-        self.cfg, self.data, self.step, self.charset = cfg, data, 0, Charset(cfg.charset)
-        self.device = pick_device(cfg.device)
+                 extra:dict[str, nn.Module]|None=None, # what else is trained, by name
+                 ranks:Ranks=Ranks()):                 # the processes that share each step
+        self.cfg, self.data, self.step, self.charset, self.ranks = cfg, data, 0, Charset(cfg.charset), ranks
+        self.device, self.part = pick_device(cfg.device, ranks), ranks.part(cfg.batch_size)
         self.precision = pick_precision(cfg.precision, self.device)
         if not len(data.train) or not len(data.val): raise KdocrError(f'{len(data.train)} tracks to train on and {len(data.val)} to validate: both are needed')
         check_spellable(data.train.keys, data.train.texts, self.charset, model.time_steps(cfg.width))
         settle((data.train, data.val, data.test), self.device, cfg.keep)
+        model = shared_batchnorm(model, ranks)
         self.modules = {k: m.to(self.device) for k, m in {'model': model, **(extra or {})}.items()}
         self.model, self.params = model, [p for m in self.modules.values() for p in m.parameters()]
         self.opt = torch.optim.AdamW(self.params, cfg.lr, weight_decay=cfg.weight_decay, fused=self.device.type in ('cpu', 'cuda'))
@@ -96,7 +104,7 @@ class Stepper:
     def batch(self, step:int) -> PlateBatch:
         "The batch of any step, past or future."
         rows = rows_of(step, len(self.data.train), self.cfg.batch_size, self.cfg.seed)
-        return self.data.train.batch(rows, step, self.device, clean=self.needs_clean)
+        return self.data.train.batch(rows, step, self.device, clean=self.needs_clean, part=self.part)
 
     def losses(self, batch:PlateBatch) -> dict[str, Tensor]:
         "The parts of the loss, scalars in fp32."
@@ -107,13 +115,14 @@ class Stepper:
     def steps(self):
         "Yields a record after each optimizer step, until `total`."
         while self.step < self.total:
-            torch.manual_seed(seed_of(self.cfg.seed, 'step', self.step))
+            torch.manual_seed(seed_of(self.cfg.seed, 'step', self.step, *([self.ranks.rank] if self.ranks.rank else [])))
             lr = lr_at(self.step, self.total, self.cfg.lr, self.cfg.warmup)
             for group in self.opt.param_groups: group['lr'] = lr
             for m in self.modules.values(): m.train()
             # ---------------------------------------------------------------- one step
             losses = self.losses(self.batch(self.step))
             self.scaler.scale(losses['loss']).backward()
+            self.ranks.mean_grads(self.params)
             self.scaler.unscale_(self.opt)
             norm = nn.utils.clip_grad_norm_(self.params, self.cfg.clip_norm)
             self.scaler.step(self.opt)
@@ -124,11 +133,12 @@ class Stepper:
             yield dict(step=self.step, epoch=self.step / self.per_epoch, lr=lr, grad_norm=norm, **{k: v.detach() for k, v in losses.items()})
 
 # %% ../nbs/41_train.ipynb #0014
-def to_rows(records:list[dict]) -> list[dict]:
+def to_rows(records:list[dict], ranks:Ranks=Ranks()) -> list[dict]:
     "The records as plain numbers: one wait for the device, whatever their number."
     if not records: return []
     names = [k for k, v in records[0].items() if isinstance(v, Tensor)]
-    values = torch.stack([torch.stack([r[k].float() for k in names]) for r in records]).tolist()
+    values = torch.stack([torch.stack([r[k].float() for k in names]) for r in records])
+    values = ranks.mean_([values])[0].tolist()                 # each rank's mean is of its equal share
     return [{**r, **dict(zip(names, v))} for r, v in zip(records, values)]
 
 def not_finite(row:dict, precision:str='fp32') -> list[str]:
@@ -138,8 +148,8 @@ def not_finite(row:dict, precision:str='fp32') -> list[str]:
 # %% ../nbs/41_train.ipynb #0017
 class Keeper(Stepper):
     "A `Stepper` with a run folder: it can log, save and go on."
-    def __init__(self, cfg:Config, run:RunFolder, data:Data, model:nn.Module, extra:dict[str, nn.Module]|None=None):
-        super().__init__(cfg, data, model, extra)
+    def __init__(self, cfg:Config, run:RunFolder, data:Data, model:nn.Module, extra:dict[str, nn.Module]|None=None, ranks:Ranks=Ranks()):
+        super().__init__(cfg, data, model, extra, ranks)
         self.run, self.best, self.spent, self.since = run, None, 0., time.perf_counter()
         self.about = describe(cfg, cfg.model_type if cfg.mode == 'teacher' else cfg.student_model_type, data.split.hash)
 
@@ -148,7 +158,8 @@ class Keeper(Stepper):
         return self.spent + time.perf_counter() - self.since
 
     def save(self):
-        "Write `last.pth`."
+        "Write `last.pth`; of several ranks, the first does, as with all files."
+        if not self.ranks.leads: return
         states = {k: m.state_dict() for k, m in self.modules.items()}
         save_checkpoint(self.run.last, dict(self.about, **states, optimizer=self.opt.state_dict(), scaler=self.scaler.state_dict(),
                                             step=self.step, seconds=self.seconds()))
@@ -163,17 +174,17 @@ class Keeper(Stepper):
             self.step, self.spent = ckpt['step'], ckpt['seconds']
         if self.run.best.exists(): self.best = rank(load_checkpoint(self.run.best)['scores'])
         self.since = time.perf_counter()
-        self.run.log.cut(self.step)
+        if self.ranks.leads: self.run.log.cut(self.step)
 
     def write(self, records:list[dict]) -> list[dict]:
         "Bring records to the log. Raises `KdocrError` where a term is no number."
-        rows = to_rows(records)
+        rows = to_rows(records, self.ranks)
         for i, r in enumerate(rows):
             if bad := not_finite(r, self.precision):
-                self.run.log.add(rows[:i])
+                if self.ranks.leads: self.run.log.add(rows[:i])
                 raise KdocrError(f'{self.run.path}: step {r["step"]}: {", ".join(bad)} not finite, on the batch {", ".join(self.batch(r["step"] - 1).keys)}. '
                                  'The last good checkpoint is kept; a smaller lr may help')
-        self.run.log.add(rows)
+        if self.ranks.leads: self.run.log.add(rows)
         return rows
 
 def rank(scores:dict) -> tuple:
@@ -184,34 +195,38 @@ def rank(scores:dict) -> tuple:
 class Trainer(Keeper):
     "Trains to the end of a run, from wherever it stands."
     def read(self, model, dataset):
-        return evaluate(model, dataset, self.charset, self.device, self.precision, self.cfg.eval_frames if self.cfg.frames == 1 else None)
+        return evaluate(model, dataset, self.charset, self.device, self.precision, self.cfg.eval_frames if self.cfg.frames == 1 else None, ranks=self.ranks)
 
     def validate(self) -> dict:
         "Score the validation part; keep the best weights."
         s = score(self.read(self.model, self.data.val))
         s = {k: s[k] for k in ('n', 'rr', 'cer', 'confidence_gap')}
-        self.run.log.add([dict(step=self.step, **{f'val_{k}': v for k, v in s.items()}, seconds=self.seconds())])
+        if self.ranks.leads: self.run.log.add([dict(step=self.step, **{f'val_{k}': v for k, v in s.items()}, seconds=self.seconds())])
         if self.best is None or rank(s) > self.best:
             self.best = rank(s)
-            save_checkpoint(self.run.best, dict(self.about, model=self.model.state_dict(), step=self.step, scores=s))
+            if self.ranks.leads: save_checkpoint(self.run.best, dict(self.about, model=self.model.state_dict(), step=self.step, scores=s))
         return s
 
     def finish(self):
         "Read validation and test with the best weights; their scores end the run."
+        self.ranks.wait()
         model = load_model(self.run.best).to(self.device)
         parts = {k: d for k, d in (('val', self.data.val), ('test', self.data.test)) if d is not None}
-        if self.cfg.mode == 'teacher': self.run.publish()
         preds = {k: self.read(model, d) for k, d in parts.items()}
+        if not self.ranks.leads: return self.ranks.wait()
+        if self.cfg.mode == 'teacher': self.run.publish()
         self.run.finish(preds, step=load_checkpoint(self.run.best)['step'], steps=self.total, seconds=self.seconds())
+        self.ranks.wait()
 
     def fit(self):
         "Go on from the last checkpoint, or start. Raises `Stopped` after a signal, with all saved."
         self.resume()
         cfg, waiting, shown = self.cfg, [], {}
-        with stop_signals() as stop, progress(total=self.total, initial=self.step, desc=cfg.name) as bar:
+        with stop_signals() as stop, progress(total=self.total, initial=self.step, desc=cfg.name, disable=not self.ranks.leads) as bar:
             for record in self.steps():
                 waiting.append(dict(record, seconds=self.seconds()))
-                halt, last = list(stop), self.step == self.total
+                last = self.step == self.total
+                halt = sum(self.ranks.gather(list(stop)), []) if last or self.ranks.world == 1 or self.step % cfg.log_every == 0 else []
                 validate = last or self.step % cfg.eval_every == 0
                 save = validate or halt or self.step % cfg.checkpoint_every == 0
                 if save or self.step % cfg.log_every == 0:
