@@ -42,6 +42,8 @@ class RunSettings(BaseModel):
     "auto: CUDA where there is one; or a torch device."
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto'
     "Arithmetic of the networks, losses are always fp32; auto: bf16 on CUDA, fp32 on a CPU."
+    compile: Literal['auto', 'on', 'off'] = 'auto'
+    "torch.compile of the networks; auto: on CUDA alone, on a CPU it takes minutes to warm up and gains nothing."
     threads: int = Field(1, ge=1)
     "CPU threads of torch; more than one only pays on a machine that nobody else uses."
 

@@ -22,7 +22,7 @@ from .ctc import ctc_loss
 from .losses import Projections, distill_losses, total_loss
 from .tapcache import TapCache, tap_cache
 from .run import RunFolder, load_model, state_hash
-from .train import Trainer, autocast
+from .train import Trainer, autocast, compile_taps
 
 # %% ../nbs/42_distill.ipynb #0005
 def freeze(model:nn.Module) -> nn.Module:
@@ -89,7 +89,7 @@ class TrainerDistill(Trainer):
         self.project = new_projections(cfg, model, freeze(teacher))
         super().__init__(cfg, run, data, model, dict(project=self.project), ranks)
         self.teacher, precision = teacher, pick_teacher_precision(cfg.teacher_precision, self.device)
-        self.frozen = Frozen(teacher, precision, self.device)
+        self.frozen = compile_taps(Frozen(teacher, precision, self.device), cfg.compile, self.device)
         self.cache = teacher_taps(cfg, data, teacher, self.frozen, self.device, precision) # None: a live teacher
         self.needs_clean = self.cache is None
 
