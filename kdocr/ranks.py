@@ -6,14 +6,12 @@
 __all__ = ['Ranks', 'shared_batchnorm']
 
 # %% ../nbs/04_ranks.ipynb #n2
-import os
+import atexit, os
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
-from torch.nn import functional as F
 from .core import KdocrError
 
 # %% ../nbs/04_ranks.ipynb #n5
@@ -32,6 +30,7 @@ class Ranks:
             cuda = torch.cuda.is_available() and str(device).split(':')[0] in ('auto', 'cuda')
             if cuda: torch.cuda.set_device(env['local']) # collectives on Python objects use the current device
             dist.init_process_group('nccl' if cuda else 'gloo')
+            atexit.register(dist.destroy_process_group) # its threads must end before the interpreter does
         return Ranks(**env)
 
     @property
@@ -80,14 +79,21 @@ class Ranks:
         if self.leads: self.gather('')
 
 # %% ../nbs/04_ranks.ipynb #n8
+class _Sum(torch.autograd.Function):
+    "The sum over all ranks; each rank's gradient is the sum of all ranks' gradients."
+    @staticmethod
+    def forward(ctx, x): x = x.clone(); dist.all_reduce(x); return x
+    @staticmethod
+    def backward(ctx, g): g = g.clone(); dist.all_reduce(g); return g
+
 class _SharedBatchNorm(nn.BatchNorm2d):
     "BatchNorm whose statistics in training are those of all ranks' samples; in eval a plain one."
     def forward(self, x): # (n,c,h,w); the same n on every rank
         if not self.training: return super().forward(x)
         n = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce(x.sum((0, 2, 3))) / n
+        mean = _Sum.apply(x.sum((0, 2, 3))) / n
         y = x - mean[:, None, None]
-        var = all_reduce(y.square().sum((0, 2, 3))) / n
+        var = _Sum.apply(y.square().sum((0, 2, 3))) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
