@@ -55,10 +55,15 @@ class Track:
     layout:str             # 'Brazilian' or 'Mercosur'; '' where nothing tells
     scenario:str           # 'A' daylight, 'B' rain and night
     folder:Path = field(repr=False)
-    lr:tuple[Path, ...] = field(repr=False)  # five, by number
-    hr:tuple[Path, ...] = field(repr=False)  # five, by number; () in the test part
+    lr_files:tuple[str, ...] = field(repr=False) # five names, by number
+    hr_files:tuple[str, ...] = field(repr=False) # five, by number; () in the test part
     corners:dict = field(default_factory=dict, repr=False, hash=False) # file name -> corner name -> [x, y]; {} in Scenario-B
-    stamps:tuple[tuple[int, int], ...] = field(default=(), repr=False) # bytes, and time of the last change in ns, of each of (*lr, *hr)
+    stamps:tuple[tuple[int, int], ...] = field(default=(), repr=False) # bytes, and time of the last change in ns, of each of `lr`, then of `hr`
+
+    @property
+    def lr(self) -> tuple[Path, ...]: return tuple(self.folder/f for f in self.lr_files)
+    @property
+    def hr(self) -> tuple[Path, ...]: return tuple(self.folder/f for f in self.hr_files)
 
 @dataclass(frozen=True)
 class Fault:
@@ -90,15 +95,15 @@ Files = dict[str, tuple[int, int]] # a folder's files: name -> bytes, and time o
 def _frame(name:str) -> tuple[str, int]|None: # lr or hr, and its number; None where it is no frame
     return (m[1].lower(), int(m[2])) if (m := _FRAME.fullmatch(name)) else None
 
-def _frames(folder:Path, files:Files, kind:str) -> tuple[tuple[Path, ...], list[Fault]]: # the frames by number; the faults
+def _frames(folder:Path, files:Files, kind:str) -> tuple[tuple[str, ...], list[Fault]]: # names of the frames by number; the faults
     found, faults = {}, []
     for name, (size, _) in files.items():
         if not (at := _frame(name)) or at[0] != kind: continue
-        n, path = at[1], folder/name
-        if n in found: faults.append(Fault(path, f'frame {n} is also there as {found[n].name}'))
-        elif size == 0: faults.append(Fault(path, 'empty file (0 bytes)'))
-        found.setdefault(n, path)
-    ext = next(iter(found.values())).suffix if found else '.png'
+        n = at[1]
+        if n in found: faults.append(Fault(folder/name, f'frame {n} is also there as {found[n]}'))
+        elif size == 0: faults.append(Fault(folder/name, 'empty file (0 bytes)'))
+        found.setdefault(n, name)
+    ext = Path(next(iter(found.values()), '.png')).suffix or '.png'
     gaps = [Fault(folder/f'{kind}-{n:03d}{ext}', 'missing') for n in range(1, FRAMES + 1) if n not in found]
     return tuple(found[n] for n in sorted(found)), faults + (gaps if found else [Fault(folder, f'no {kind.upper()} frames')])
 
@@ -139,7 +144,7 @@ def _track(root:str, folder:Path, above:tuple[str, ...], files:Files, said:Said)
     if said is None and part == 'train': said = 'no such file'
     if isinstance(said, str): gaps.append(Fault(folder/'annotations.json', said))
     elif said: text, layout, corners = said[0], said[1] or layout or layout_of(said[0]), said[2]
-    scenario, stamps = scenario or ('A' if corners else 'B'), tuple(files[p.name] for p in (*lr, *hr))
+    scenario, stamps = scenario or ('A' if corners else 'B'), tuple(files[f] for f in (*lr, *hr))
     return part, Track(folder.name, text, layout or '', scenario, folder, lr, hr, corners, stamps), faults + gaps
 
 # %% ../nbs/12_icpr.ipynb #0019
@@ -187,7 +192,10 @@ class Index:
     train:list[Track]     # whole ones, in order of their paths
     test:list[Track]      # whole ones; `text` is None where it is not known
     faults:list[Fault]    # whatever keeps a track out of the two lists
-    pictures:list[Path]   # every frame that has bytes, of the tracks left out too
+    seen:list[Track]      # all of them, those left out too
+
+    @property
+    def pictures(self) -> list[Path]: return [p for t in self.seen for p, (size, _) in zip((*t.lr, *t.hr), t.stamps) if size] # every frame that has bytes
 
     def __repr__(self): return f'Index({self.root}: {len(self.train)} train, {len(self.test)} test, {len(self.faults)} faults)'
 
@@ -195,7 +203,7 @@ class Index:
     def fingerprint(self) -> str: # 16 hexadecimal digits
         "Names keys, texts and the frames' names and sizes, wherever and whenever they were copied: the `digest` of these lists, fed in one piece."
         def feed(t): return (f'[{2 + len(t.stamps)}str:{t.key!r};{type(t.text).__name__}:{t.text!r};'
-                             + ''.join(f'[2str:{p.name!r};int:{size};' for p, (size, _) in zip((*t.lr, *t.hr), t.stamps)))
+                             + ''.join(f'[2str:{f!r};int:{size};' for f, (size, _) in zip((*t.lr_files, *t.hr_files), t.stamps)))
         tracks = *self.train, *self.test
         return hashlib.sha256(f'[{len(tracks)}{"".join(map(feed, tracks))}'.encode()).hexdigest()[:16]
 
@@ -230,17 +238,17 @@ def index(root:str|Path,
     "Find the tracks under `root`. Raises `KdocrError` where there is no folder, or no track in it."
     root = Path(root)
     if not root.is_dir(): raise KdocrError(f'{root}: {"not a folder" if root.exists() else "no such folder"}')
-    parts, faults, pictures, seen, top = {'train': [], 'test': []}, [], [], {}, root.resolve().name
+    parts, faults, seen, first, top = {'train': [], 'test': []}, [], [], {}, root.resolve().name
     walk = list(_walk(str(root), faults))
     if not walk: raise KdocrError(f'{root}: no tracks in it (expected train/Scenario-*/*/track_*/lr-001.* or test/track_*/lr-001.*)')
     folders = [root.joinpath(*above) for above, _ in walk]
     for folder, (above, files), said in zip(folders, walk, _annotations(folders, walk, cache and Path(cache))):
         part, track, wrong = _track(top, folder, above, files, said)
-        if (first := seen.setdefault(track.key, folder)) != folder: wrong.append(Fault(folder, f'a second track of this name; the first is {first}'))
+        if first.setdefault(track.key, folder) != folder: wrong.append(Fault(folder, f'a second track of this name; the first is {first[track.key]}'))
         faults += wrong
-        pictures += [p for p, (size, _) in zip((*track.lr, *track.hr), track.stamps) if size]
+        seen.append(track)
         if not wrong: parts[part].append(track)
-    return Index(root, parts['train'], _labelled(parts['test'], faults), faults, pictures)
+    return Index(root, parts['train'], _labelled(parts['test'], faults), faults, seen)
 
 # %% ../nbs/12_icpr.ipynb #001f
 def _text_fault(t:Track, charset:Charset) -> Fault|None:
@@ -299,8 +307,9 @@ def _texts(i:Index) -> list[str]:
 def check(root:str|Path, charset:Charset=Charset()) -> CheckReport:
     "Look at everything under `root`, print the report and return it."
     found = index(root)
-    blocks = [found.pictures[i:i + 100] for i in range(0, len(found.pictures), 100)]
-    with ThreadPoolExecutor() as pool, progress(total=len(found.pictures), desc='reading pictures') as bar:
+    pictures = found.pictures
+    blocks = [pictures[i:i + 100] for i in range(0, len(pictures), 100)]
+    with ThreadPoolExecutor() as pool, progress(total=len(pictures), desc='reading pictures') as bar:
         seen = []
         for some in pool.map(_look, blocks): seen += some; bar.update(len(some))
     sizes = {kind: np.array([x[1:] for x in seen if not isinstance(x, Fault) and x[0] == kind]) for kind in ('lr', 'hr')}

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'HEADER', 'fit', 'decode', 'Pack', 'fingerprint', 'unchange
            'locked', 'room', 'pack', 'pack_data']
 
 # %% ../nbs/14_pack.ipynb #0002
-import errno, fcntl, json, os, pickle, shutil, subprocess, sys, tempfile, time
+import errno, fcntl, json, os, pickle, shutil, subprocess, sys, time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -59,13 +59,13 @@ class Pack:
 # %% ../nbs/14_pack.ipynb #000c
 def fingerprint(tracks:Sequence[Track]) -> str:
     "Names the files of the tracks: changes when one is replaced or touched, or when a text is corrected."
-    return digest(repr([(t.key, t.text, t.layout, t.scenario, [p.name for p in (*t.lr, *t.hr)], t.stamps) for t in tracks]).encode())
+    return digest(repr([(t.key, t.text, t.layout, t.scenario, t.lr_files, t.hr_files, t.stamps) for t in tracks]).encode())
 
 def unchanged(track:Track) -> None:
     "Raises `KdocrError` naming a frame that is not as it was when it was indexed."
-    for p, stamp in zip((*track.lr, *track.hr), track.stamps, strict=True):
-        s = os.stat(p)
-        if (s.st_size, s.st_mtime_ns) != stamp: raise KdocrError(f'{p}: changed since it was indexed; once nobody writes there any more, give the same command again')
+    for f, stamp in zip((*track.lr_files, *track.hr_files), track.stamps, strict=True):
+        s = os.stat(f'{track.folder}/{f}')
+        if (s.st_size, s.st_mtime_ns) != stamp: raise KdocrError(f'{track.folder}/{f}: changed since it was indexed; once nobody writes there any more, give the same command again')
 
 # %% ../nbs/14_pack.ipynb #000f
 HEADER = 128 # bytes
@@ -85,6 +85,7 @@ def _mapped(file:Path, descr, shape) -> np.ndarray:
     if not whole: raise KdocrError(f'{file}: not the array that was written')
     return np.memmap(file, descr, 'r', HEADER, shape)
 
+# %% ../nbs/14_pack.ipynb #8a3de7ff
 def open_pack(folder:str|Path,
               **made) -> Pack: # made: what it must have been made from, as in the head of its index; anything is taken where nothing is asked
     "The pack in `folder`. Raises `KdocrError` naming the file where that is no pack, of another format or of other data, or not whole."
@@ -144,6 +145,7 @@ def _serve(pipe:int): # the life of one process
     os.close(pipe)
     json.dump([error, list(faults.items())], sys.stdout)
 
+# %% ../nbs/14_pack.ipynb #8f29946a
 def _share(tmp, names, jobs, how, faults, workers) -> Iterator[int]:
     "The work of `_fill` for as many processes as asked."
     end, pipe = os.pipe()
