@@ -69,7 +69,10 @@ def locked(folder:Path # made where missing
     "Hold the folder's lock; the system frees it when the process ends, however it ends."
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'.lock', 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'{folder}: another process is at work here; waiting for it', file=sys.stderr, flush=True)
+            fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 # %% ../nbs/00_core.ipynb #0014

@@ -277,14 +277,15 @@ def open_data(cfg:Config) -> Data:
     "Index, pack and split the config's data. Raises one `KdocrError` for all that is wrong with its files."
     root = cfg.data or synth(cfg.out/'embedded', tracks=cfg.synth_tracks, test=cfg.synth_test, seed=EMBEDDED_SEED)
     home = root if writable(root) else cfg.out/'data'/digest(str(root.resolve()))
-    found = index(root)
-    train = _packed(found.train, home/'.kdocr', cfg, 'train', cfg.views if cfg.student_input != 'lr' else 0)
-    test = _packed([t for t in found.test if t.text is not None], home/'.kdocr', cfg, 'test', 0)
+    cache = cfg.packs or home/'.kdocr'
+    found = index(root, cache)
+    train = _packed(found.train, cache, cfg, 'train', cfg.views if cfg.student_input != 'lr' else 0)
+    test = _packed([t for t in found.test if t.text is not None], cache, cfg, 'test', 0)
     faults = [*map(str, found.faults), *train[1].values(), *test[1].values()]
     if faults and not cfg.skip_faulty: raise faulty(faults)
     split = shared_split(home, found.train, cfg.val_share, SPLIT_SEED, fallback=home, test_texts={t.text for t in found.test if t.text})
     kind = _hr if cfg.mode == 'teacher' else _pair
-    return Data(kind(cfg, train, split.train, True), kind(cfg, train, split.val, False), _scored(cfg, test), split, _fingerprint(found), root, home/'.kdocr')
+    return Data(kind(cfg, train, split.train, True), kind(cfg, train, split.val, False), _scored(cfg, test), split, found.fingerprint, root, cache)
 
 def _packed(tracks, cache, cfg, part, views): # the pack, None where there are no tracks; the faults by key
     return pack(tracks, cache, cfg.height, cfg.width, views, part=part) if tracks else (None, {})
@@ -302,5 +303,3 @@ def _scored(cfg, packed):
     packed, bad = packed
     keys = [k for k in packed.keys if k not in bad] if packed else []
     return ICPR_LPR_Distill_Dataset(packed, keys, cfg.frames, train=False, clean_hr_guided=False) if keys else None
-
-def _fingerprint(found): return digest([[t.key, t.text, *([p.name, p.stat().st_size] for p in (*t.lr, *t.hr))] for t in (*found.train, *found.test)])

@@ -1,11 +1,7 @@
 """From files to batches: packs that are whole or absent, batches that depend on their step alone, one geometry for both resolutions."""
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,13 +9,12 @@ import pytest
 import torch
 
 import kdocr.data
-import kdocr.pack
 from kdocr.augment import draw_geometry, warp
 from kdocr.config import load_config
 from kdocr.core import KdocrError
 from kdocr.data import ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset, NotFixed, count_views, open_data, rows_of, settle, teacher_view
 from kdocr.icpr import index
-from kdocr.pack import Pack, decode, open_pack, pack
+from kdocr.pack import Pack
 
 CPU = torch.device('cpu')
 
@@ -228,105 +223,6 @@ def test_what_cannot_be_served_is_refused_by_name():
     with refused('views'): ICPR_LPR_Distill_Dataset(by_hand(12, full.lr, full.hr), full.keys, student_input='mix')
     with refused('known: lr, degraded, mix'): ICPR_LPR_Distill_Dataset(full, full.keys, student_input='low')
     with refused('frames: 6'): ICPR_LPR_HR_Dataset(full, full.keys, frames=6)
-
-
-# ---------------------------------------------------------------- packs
-
-def same_arrays(a, b): return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ('lr', 'hr', 'degraded'))
-
-
-def test_a_pack_holds_what_is_on_disk_whoever_decodes_it(tracks, tmp_path):
-    one, _ = pack(tracks, tmp_path/'one', views=2, workers=1)
-    many, _ = pack(tracks, tmp_path/'many', views=2, workers=5)
-    assert same_arrays(one, many) and one.keys == [t.key for t in tracks] and one.texts == texts(12)
-    arrays, heights = decode(tracks[4], 32, 128, views=2, seed=0)
-    assert np.array_equal(one.hr[4], arrays['hr']) and np.array_equal(one.degraded[4], arrays['degraded'])
-    assert one.heights['lr'][4].tolist() == heights['lr'] == [16] * 5 and one.heights['hr'][4].tolist() == [30] * 5
-    with pytest.raises(ValueError): one.lr[0] = 0
-
-
-def test_colour_is_rgb(tmp_path):
-    write_track(tmp_path/'red', 0, 'ABC1234', ext='png', colour=(200, 30, 10))
-    p, _ = pack(index(tmp_path/'red').train, tmp_path/'packs')
-    assert p.hr[0, 0, 5, 5].tolist() == [200, 30, 10]
-
-
-def test_a_second_call_decodes_nothing(tracks, tmp_path, monkeypatch):
-    first, _ = pack(tracks, tmp_path/'packs')
-    monkeypatch.setattr(kdocr.pack, 'decode', None)
-    assert pack(tracks, tmp_path/'packs')[0].folder == first.folder
-
-
-@pytest.mark.parametrize('change', ['picture', 'text', 'size', 'views'])
-def test_a_change_makes_another_pack(plates, tmp_path, change):
-    tracks, cache = index(plates).train, tmp_path/'packs'
-    old, _ = pack(tracks, cache, views=1)
-    how = dict(views=2 if change == 'views' else 1, height=48 if change == 'size' else 32)
-    if change == 'picture': write_picture(tracks[3].lr[0], None, 16, 40, (1, 2, 3))
-    if change == 'text': (tracks[3].folder/'annotations.json').write_text(json.dumps(dict(plate_layout='Brazilian', plate_text='ZZZ9999')))
-    new, _ = pack(index(plates).train, cache, **how)
-    assert new.folder != old.folder
-    if change == 'picture': assert abs(new.lr[3, 0].astype(int) - (1, 2, 3)).max() < 6 and not old.folder.exists(), 'a stale one goes'
-    if change == 'text': assert new.texts[3] == 'ZZZ9999'
-
-
-def test_the_same_folder_by_another_path_is_the_same_pack(plates, tmp_path, monkeypatch):
-    first, _ = pack(index(plates).train, tmp_path/'packs')
-    monkeypatch.chdir(plates.parent)
-    monkeypatch.setattr(kdocr.pack, 'decode', None)
-    assert pack(index('plates').train, tmp_path/'packs')[0].folder == first.folder
-
-
-@pytest.mark.parametrize('harm', ['array cut short', 'array gone', 'index cut short', 'index gone', 'other format'])
-def test_a_pack_that_is_not_whole_is_made_again(tracks, tmp_path, harm):
-    good, _ = pack(tracks, tmp_path/'packs')
-    pixels, file = np.array(good.hr), good.folder/('hr.npy' if 'array' in harm else 'index.json')
-    if 'gone' in harm: file.unlink()
-    elif 'cut short' in harm: os.truncate(file, file.stat().st_size - 7)
-    else: file.write_text(file.read_text().replace('"format": ', '"format": 9'))
-    assert open_pack(good.folder) is None
-    assert np.array_equal(pack(tracks, tmp_path/'packs')[0].hr, pixels)
-
-
-RUN = 'import sys, time, kdocr.pack as p\nfrom kdocr.icpr import index\n'
-
-
-def start(code, *args):
-    return subprocess.Popen([sys.executable, '-c', RUN + code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_a_kill_leaves_nothing_half_read(plates, tracks, tmp_path):
-    cache, stuck = tmp_path/'packs', '''
-whole = p.decode
-def decode(track, *a):
-    if track.key == 'track_00007': print('half', flush=True); time.sleep(60)
-    return whole(track, *a)
-p.decode = decode
-p.pack(index(sys.argv[1]).train, sys.argv[2], workers=1)'''
-    with start(stuck, plates, cache) as killed:
-        assert killed.stdout.readline() == 'half\n'
-        killed.send_signal(signal.SIGKILL)
-    left = [f.name for f in cache.iterdir() if f.is_dir()]
-    assert len(left) == 1 and left[0].startswith('.tmp-'), 'no pack by its real name'
-    whole, faults = pack(tracks, cache)
-    assert not faults and np.array_equal(whole.hr[11], decode(tracks[11], 32, 128, 0, 0)[0]['hr'])
-    assert [f.name for f in cache.iterdir() if f.is_dir()] == [whole.folder.name], 'the orphan is swept away'
-
-
-def test_two_processes_make_one_pack(plates, tracks, tmp_path):
-    cache, both = tmp_path/'packs', '''
-whole = p.decode
-p.decode = lambda *a: (print('decoded', flush=True), time.sleep(.02), whole(*a))[2]
-print(p.pack(index(sys.argv[1]).train, sys.argv[2], workers=1)[0].hr.sum())'''
-    said = [p.communicate(timeout=60)[0].split() for p in [start(both, plates, cache) for _ in range(2)]]
-    assert said[0][-1] == said[1][-1] == str(pack(tracks, cache)[0].hr.sum())
-    assert sum(s.count('decoded') for s in said) == 12, 'each track once'
-
-
-def test_a_full_disk_is_told_before_the_work(tracks, tmp_path, monkeypatch):
-    monkeypatch.setattr(kdocr.pack.shutil, 'disk_usage', lambda path: SimpleNamespace(free=600_000))
-    with pytest.raises(KdocrError, match='packs: 12 packed tracks need 1 MB, 1 MB are free'): pack(tracks, tmp_path/'packs')
-    assert not [f for f in (tmp_path/'packs').iterdir() if f.is_dir()]
 
 
 # ---------------------------------------------------------------- the whole of it
