@@ -24,9 +24,8 @@ from .run import RunFolder, describe, load_checkpoint, load_model, save_checkpoi
 # %% ../nbs/41_train.ipynb #0005
 def pick_device(name:str, ranks:Ranks=Ranks()) -> torch.device:
     "The device of that name; 'auto' is CUDA where there is one, 'cuda' the rank's own. Raises `KdocrError` where it cannot be used."
-    name = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name == 'cuda' and ranks.world > 1: name = f'cuda:{ranks.local}'
-    try: return torch.empty(0, device=name).device
+    name = ranks.device(name)
+    try: return torch.empty(0, device=name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu').device
     except (RuntimeError, AssertionError) as e: raise KdocrError(f'device {name!r}: {str(e).splitlines()[0]}') from None
 
 _HALF = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
@@ -143,8 +142,8 @@ def to_rows(records:list[dict], ranks:Ranks=Ranks()) -> list[dict]:
     if not records: return []
     names = [k for k, v in records[0].items() if isinstance(v, Tensor)]
     values = torch.stack([torch.stack([r[k].float() for k in names]) for r in records])
-    values = ranks.mean_([values])[0].tolist()                 # each rank's mean is of its equal share
-    return [{**r, **dict(zip(names, v))} for r, v in zip(records, values)]
+    ranks.mean_([values])                                      # each rank's mean is of its equal share
+    return [{**r, **dict(zip(names, v))} for r, v in zip(records, values.tolist())]
 
 def not_finite(row:dict, precision:str='fp32') -> list[str]:
     "The terms that are NaN or infinite; in fp16 a gradient may overflow, for the scaler then skips the step."
@@ -218,10 +217,9 @@ class Trainer(Keeper):
         model = load_model(self.run.best).to(self.device)
         parts = {k: d for k, d in (('val', self.data.val), ('test', self.data.test)) if d is not None}
         preds = {k: self.read(model, d) for k, d in parts.items()}
-        if not self.ranks.leads: return self.ranks.wait()
+        if not self.ranks.leads: return
         if self.cfg.mode == 'teacher': self.run.publish()
         self.run.finish(preds, step=load_checkpoint(self.run.best)['step'], steps=self.total, seconds=self.seconds())
-        self.ranks.wait()
 
     def fit(self):
         "Go on from the last checkpoint, or start. Raises `Stopped` after a signal, with all saved."

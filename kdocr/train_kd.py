@@ -6,14 +6,14 @@
 __all__ = ['Flags', 'new_trainer', 'train_kd', 'parse', 'summary', 'main']
 
 # %% ../nbs/43_train_kd.ipynb #0002
-import sys
-from contextlib import nullcontext
+import os, sys
+from contextlib import ExitStack
 from typing import Annotated, Literal, TypedDict, get_args, get_origin
 import cv2
 import torch
 import tyro
 from torch import nn
-from .ranks import Ranks
+from .ranks import Ranks, first
 from .core import KdocrError, guard, nearest, read_json
 from .config import Config, load_config
 from .data import Data, open_data
@@ -35,16 +35,19 @@ def new_trainer(cfg:Config, run:RunFolder, data:Data,
 def train_kd(cfg:Config) -> RunFolder: # the finished run
     "Train a teacher or a student; go on where an earlier call stopped."
     torch.set_num_threads(cfg.threads); cv2.setNumThreads(cfg.threads)
-    ranks, run = Ranks.join(cfg.device), RunFolder(cfg.out/cfg.name)
-    with ranks.first(): data = open_data(cfg)                          # one rank draws and packs, the others find it done
-    teacher = load_teacher(cfg, data.split.hash) if cfg.mode == 'student' and cfg.teacher_checkpoint else None
-    ids = dict(data_fingerprint=data.fingerprint, split_hash=data.split.hash, teacher_hash=teacher and state_hash(teacher))
-    with run.alone() if ranks.leads else nullcontext():
-        trainer = None if ranks.tell(run.finished) else new_trainer(cfg, run, data, teacher, ranks)
-        with ranks.first():
+    run = RunFolder(cfg.out/cfg.name)
+    with Ranks.join(cfg.device) as ranks, ExitStack() as held:
+        with first(ranks): data = open_data(cfg)                       # one rank draws and packs, the others find it done
+        teacher = load_teacher(cfg, data.split.hash) if cfg.mode == 'student' and cfg.teacher_checkpoint else None
+        ids = dict(data_fingerprint=data.fingerprint, split_hash=data.split.hash, teacher_hash=teacher and state_hash(teacher))
+        with first(ranks):
+            if ranks.leads: held.enter_context(run.alone())
+        trainer = None if ranks.broadcast(run.finished) else new_trainer(cfg, run, data, teacher, ranks)
+        with first(ranks):
             if ranks.leads: run.claim(cfg, ids, environment(pick_device(cfg.device, ranks), cfg.threads))
         if trainer: trainer.fit()
         elif ranks.leads and cfg.mode == 'teacher' and not run.published.exists(): run.publish()
+        ranks.wait()                                                   # the run is finished for all, or for none
     return run
 
 # %% ../nbs/43_train_kd.ipynb #000d
@@ -78,7 +81,7 @@ def main(argv:list[str]|None=None) -> int: # the exit status
     def command():
         cfg = parse(sys.argv[1:] if argv is None else argv)
         run = train_kd(cfg)
-        if not Ranks.join(cfg.device).leads: return
+        if int(os.environ.get('RANK', 0)): return # one summary is enough
         print(summary(run))
         if cfg.mode == 'teacher': print(f'teacher: {run.published}')
     return guard(command)
