@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'HEADER', 'fit', 'decode', 'Pack', 'fingerprint', 'unchanged', 'npy_header', 'open_pack', 'shapes', 'faulty',
-           'locked', 'room', 'pack', 'pack_data']
+           'room', 'pack', 'pack_data']
 
 # %% ../nbs/14_pack.ipynb #0002
-import errno, fcntl, json, os, pickle, shutil, subprocess, sys, time
+import errno, json, os, pickle, shutil, subprocess, sys, time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 import cv2
 import numpy as np
-from .core import KdocrError, digest, np_rng, progress
+from .core import KdocrError, digest, locked, np_rng, progress
 from .degrade import degrade
 from .icpr import FRAMES, Track, index, read_image, read_sealed, write_sealed
 
@@ -166,17 +166,6 @@ def _share(tmp, names, jobs, how, faults, workers) -> Iterator[int]:
         for p in procs: p.kill(); p.wait(); p.stdout.close()
 
 # %% ../nbs/14_pack.ipynb #0017
-@contextmanager
-def locked(folder:Path):
-    "Hold the folder's lock; the system frees it when the process ends, however it ends."
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'.lock', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f'{folder}: another process packs here; waiting for it', file=sys.stderr, flush=True)
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
 def _free(folder:Path) -> int: # bytes that can be written there
     free, mounts, memory = shutil.disk_usage(folder).free, Path('/proc/mounts'), Path('/proc/meminfo')
     if not mounts.exists(): return free

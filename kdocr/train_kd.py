@@ -7,10 +7,13 @@ __all__ = ['Flags', 'new_trainer', 'train_kd', 'parse', 'summary', 'main']
 
 # %% ../nbs/43_train_kd.ipynb #0002
 import sys
+from contextlib import nullcontext
 from typing import Annotated, Literal, TypedDict, get_args, get_origin
+import cv2
 import torch
 import tyro
 from torch import nn
+from .ranks import Ranks
 from .core import KdocrError, guard, nearest, read_json
 from .config import Config, load_config
 from .data import Data, open_data
@@ -20,25 +23,28 @@ from .distill import TrainerDistill, load_teacher, new_model, new_student
 
 # %% ../nbs/43_train_kd.ipynb #0005
 def new_trainer(cfg:Config, run:RunFolder, data:Data,
-                teacher:nn.Module|None # of student mode
+                teacher:nn.Module|None, # of student mode
+                ranks:Ranks=Ranks()
                ) -> Trainer:
     "The trainer that `cfg` asks for."
-    if cfg.mode == 'teacher': return Trainer(cfg, run, data, new_model(cfg, cfg.model_type))
+    if cfg.mode == 'teacher': return Trainer(cfg, run, data, new_model(cfg, cfg.model_type), ranks=ranks)
     student = new_student(cfg, data.split.hash)
-    return TrainerDistill(cfg, run, data, student, teacher) if cfg.distill_weight and cfg.distill_taps else Trainer(cfg, run, data, student)
+    return TrainerDistill(cfg, run, data, student, teacher, ranks) if cfg.distill_weight and cfg.distill_taps else Trainer(cfg, run, data, student, ranks=ranks)
 
 # %% ../nbs/43_train_kd.ipynb #0007
 def train_kd(cfg:Config) -> RunFolder: # the finished run
     "Train a teacher or a student; go on where an earlier call stopped."
-    torch.set_num_threads(cfg.threads)
-    run, data = RunFolder(cfg.out/cfg.name), open_data(cfg)
+    torch.set_num_threads(cfg.threads); cv2.setNumThreads(cfg.threads)
+    ranks, run = Ranks.join(cfg.device), RunFolder(cfg.out/cfg.name)
+    with ranks.first(): data = open_data(cfg)                          # one rank draws and packs, the others find it done
     teacher = load_teacher(cfg, data.split.hash) if cfg.mode == 'student' and cfg.teacher_checkpoint else None
     ids = dict(data_fingerprint=data.fingerprint, split_hash=data.split.hash, teacher_hash=teacher and state_hash(teacher))
-    with run.alone():
-        trainer = None if run.finished else new_trainer(cfg, run, data, teacher)
-        run.claim(cfg, ids, environment(pick_device(cfg.device), cfg.threads))
+    with run.alone() if ranks.leads else nullcontext():
+        trainer = None if ranks.tell(run.finished) else new_trainer(cfg, run, data, teacher, ranks)
+        with ranks.first():
+            if ranks.leads: run.claim(cfg, ids, environment(pick_device(cfg.device, ranks), cfg.threads))
         if trainer: trainer.fit()
-        elif cfg.mode == 'teacher' and not run.published.exists(): run.publish()
+        elif ranks.leads and cfg.mode == 'teacher' and not run.published.exists(): run.publish()
     return run
 
 # %% ../nbs/43_train_kd.ipynb #000d
@@ -72,6 +78,7 @@ def main(argv:list[str]|None=None) -> int: # the exit status
     def command():
         cfg = parse(sys.argv[1:] if argv is None else argv)
         run = train_kd(cfg)
+        if not Ranks.join(cfg.device).leads: return
         print(summary(run))
         if cfg.mode == 'teacher': print(f'teacher: {run.published}')
     return guard(command)

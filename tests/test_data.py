@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import kdocr.data
 from kdocr.augment import draw_geometry, warp
 from kdocr.config import load_config
 from kdocr.core import KdocrError
-from kdocr.data import ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset, open_data, rows_of
+from kdocr.data import ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset, NotFixed, count_views, open_data, rows_of, settle, teacher_view
 from kdocr.icpr import index
 from kdocr.pack import Pack
 
@@ -101,7 +102,8 @@ def through(theta, points, h=32, w=128):
 
 def test_warp_puts_pixels_where_theta_says():
     theta = draw_geometry(20, 1., torch.Generator().manual_seed(0))
-    seen = warp(torch.tensor(blobs()).float().expand(20, 1, 1, 32, 128), theta)[:, 0, 0].numpy()
+    spots = torch.tensor(np.rint(255 * blobs())).to(torch.uint8)[..., None].expand(20, 1, 32, 128, 3)
+    seen = warp(spots, theta)[:, 0, :, :, 0].numpy() / 255
     for t, image in zip(theta, seen):
         expected = through(t, POINTS)
         inside = (expected > 5).all(1) & (expected[:, 0] < 122) & (expected[:, 1] < 26)
@@ -273,3 +275,58 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
     for name in ('nowhere', 'empty'):
         if name == 'empty': (tmp_path/name).mkdir()
         with pytest.raises(KdocrError, match=name): open_data(small(tmp_path, tmp_path/name))
+
+
+# ---------------------------------------------------------------- views that can be counted, pictures that are at hand
+
+@pytest.mark.parametrize('frames', [1, 2, 5])
+@pytest.mark.parametrize('how', [dict(augment=1., geometry_views=3), dict(augment=0.), dict(augment=1., geometry_views=2, student_input='mix')])
+def test_a_named_view_is_what_the_batch_shows_the_teacher(frames, how):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 12, 5, 32, 128, 3), dtype=np.uint8)
+    pack = by_hand(12, *noise, degraded=noise[:1].transpose(1, 0, 2, 3, 4, 5))
+    data, seen = ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=frames, **how), set()
+    for step in range(100):
+        b = data.batch(torch.tensor([3, 0, 11, 3]), step)
+        assert torch.equal(teacher_view(data, b.rows, b.views), b.clean_hr)
+        seen |= set(b.views.tolist())
+    assert seen == set(range(count_views(data))), 'every view is shown, and no other'
+
+
+@pytest.mark.parametrize('how, why', [(dict(augment=1.), 'geometry_views'), (dict(recombine=.5), 'recombine'), (dict(clean_hr_guided=False), 'clean_hr_guided')])
+def test_a_view_that_is_drawn_anew_has_no_number(how, why):
+    pack = numbered()
+    data = ICPR_LPR_Distill_Dataset(pack, pack.keys, **how)
+    with pytest.raises(NotFixed, match=why): count_views(data)
+    assert data.batch(torch.arange(4)).views is None
+
+
+def test_pictures_in_memory_and_in_files_give_the_same_batches():
+    pack = numbered()
+    def make(): return ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=2, augment=1., student_input='mix')
+    mapped, held = make(), make()
+    assert settle([mapped], 'cpu') == 0 and settle([held, None], 'cpu', 'device') == pack.lr.nbytes + pack.hr.nbytes + pack.degraded.nbytes
+    for step in range(3):
+        a, b = (d.batch(torch.arange(12), step) for d in (mapped, held))
+        assert torch.equal(a.images, b.images) and torch.equal(a.clean_hr, b.clean_hr) and a.keys == b.keys
+
+
+def test_pictures_that_do_not_fit_are_refused_before_they_are_copied(monkeypatch):
+    data = ICPR_LPR_HR_Dataset(numbered(), ['t0'])
+    monkeypatch.setattr(kdocr.data, 'free_memory', lambda device: 1_000)
+    monkeypatch.setattr(torch, 'from_numpy', None)
+    with pytest.raises(KdocrError, match='keep: device, but the packed pictures need .* keep: mapped'): settle([data], 'cpu', 'device')
+    assert settle([data], torch.device('cuda'), 'auto') == 0, 'read from the files instead'
+
+
+@pytest.mark.parametrize('how', [dict(augment=1.), dict(augment=1., geometry_views=2, student_input='mix'), dict(augment=1., recombine=.7), dict(frames=3)])
+def test_the_parts_of_a_batch_are_the_batch(how):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 12, 5, 32, 128, 3), dtype=np.uint8)
+    pack = by_hand(12, *noise, degraded=noise[:1].transpose(1, 0, 2, 3, 4, 5))
+    data = ICPR_LPR_Distill_Dataset(pack, pack.keys, **how)
+    rows = torch.tensor([5, 2, 9, 0, 11, 4])
+    whole, parts = data.batch(rows, 3), [data.batch(rows, 3, part=slice(a, a + 3)) for a in (0, 3)]
+    join = lambda name: torch.cat([getattr(p, name) for p in parts])
+    assert torch.equal(join('rows'), whole.rows) and torch.equal(join('clean_hr'), whole.clean_hr)
+    assert (join('images') - whole.images).abs().max() < 1e-6, 'a product may sum in another order'
+    assert sum([p.keys for p in parts], []) == whole.keys and sum([p.texts for p in parts], []) == whole.texts and sum([p.heights for p in parts], []) == whole.heights
+    if whole.views is not None: assert torch.equal(torch.cat([p.views for p in parts]), whole.views)

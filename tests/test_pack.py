@@ -286,7 +286,7 @@ print(p.pack(index(sys.argv[1]).train, sys.argv[2], workers=1)[0].hr.sum())'''
     first = start(both, competition, cache, tmp_path/'go')
     assert first.stdout.readline() == 'decoded\n'
     second = start(both, competition, cache, tmp_path/'go')
-    assert second.stderr.readline() == f'{cache}: another process packs here; waiting for it\n'
+    assert second.stderr.readline() == f'{cache}: another process is at work here; waiting for it\n'
     (tmp_path/'go').touch()
     said = [p.communicate(timeout=60)[0].split() for p in (first, second)]
     expected = str(pack(tracks, cache)[0].hr.sum())
