@@ -47,6 +47,7 @@ class Parser(argparse.ArgumentParser):
     "argparse, with an error that is one line."
     def error(self, message): raise KdocrError(f'{message} (see: {self.prog} --help)')
 
+# %% ../nbs/59_cli.ipynb #2bd9e92e
 def parser() -> argparse.ArgumentParser:
     "The command line of `kdocr`."
     p = Parser('kdocr', description='Does a low-resolution reader learn from a high-resolution teacher? Train both, and look.',
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         arg('folder', type=Path, metavar='DIR'))
     command(pack, 'decode a folder of tracks once, beforehand; training does it by itself where nobody did',
         arg('folder', type=Path, metavar='DIR'), arg('out', type=Path, nargs='?', metavar='OUT', help='where the arrays go (default: DIR/.kdocr, where training looks)'),
-        arg('--height', type=int, default=32, metavar='H', help='of what a network sees, in pixels (default: 32)'), arg('--width', type=int, default=128, metavar='W', help='(default: 128)'),
+        arg('--height', type=int, default=32, metavar='H', help='pixels (default: 32)'), arg('--width', type=int, default=128, metavar='W', help='pixels (default: 128)'),
         arg('--views', type=int, default=0, metavar='N', help='degraded copies of each HR frame, for student_input degraded and mix (default: 0)'),
         arg('--workers', type=int, metavar='N', help='processes; the arrays are the same for any number (default: one a core)'),
         arg('--skip-faulty', action='store_true', help='go on without the tracks that have a fault'))
