@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'CACHED', 'FULL', 'QUICK', 'TRAINED', 'MEASURES', 'BUSY', 'NO_GPU', 'QUICK_NOTE', 'OURS', 'PLAIN',
-           'REFERENCE', 'GROWS', 'PANELS', 'STYLES', 'LEARNING', 'record', 'in_turns', 'quartiles', 'summary', 'ratios',
-           'memory', 'cores', 'machine', 'apart', 'arms', 'stand_in', 'trainer', 'FilePairs', 'FileLoader', 'files_of',
-           'plain_ctc', 'Plain', 'plain', 'clock', 'turn', 'where', 'packing', 'inputs', 'training', 'reading',
-           'multiply', 'epoch', 'growth', 'peak', 'matmul_rate', 'step_flops', 'gpu_share', 'Sizes', 'plan', 'result',
-           'number', 'table_text', 'plot_rates', 'plot_ratios', 'plot_growth', 'panels', 'plot_bench', 'measured',
-           'bench', 'Trial', 'trial_config', 'learning', 'accuracy_table', 'accuracy_text', 'accuracy']
+           'REFERENCE', 'GROWS', 'PANELS', 'FAST', 'STYLES', 'LEARNING', 'record', 'in_turns', 'quartiles', 'summary',
+           'ratios', 'memory', 'cores', 'machine', 'apart', 'arms', 'stand_in', 'trainer', 'FilePairs', 'FileLoader',
+           'files_of', 'plain_ctc', 'Plain', 'plain', 'clock', 'turn', 'where', 'packing', 'inputs', 'training',
+           'reading', 'multiply', 'epoch', 'growth', 'peak', 'matmul_rate', 'step_flops', 'gpu_share', 'Sizes', 'plan',
+           'result', 'number', 'table_text', 'plot_rates', 'plot_ratios', 'plot_growth', 'panels', 'plot_bench',
+           'measured', 'bench', 'Trial', 'trial_config', 'learning', 'accuracy_table', 'accuracy_text', 'accuracy']
 
 # %% ../nbs/55_bench.ipynb #0002
 import json, math, os, platform, subprocess, sys, tempfile, time
@@ -131,7 +131,7 @@ def _serve(): # the life of that process
     print(json.dumps(said))
 
 # %% ../nbs/55_bench.ipynb #0013
-CACHED = None # the fields of the cached arm, as dict(teacher_cache='on', geometry_views=8); None: there is no such arm
+CACHED = dict(teacher_cache='on', geometry_views=4) # what makes a teacher's taps cached
 
 def arms(place:Path,     # the bench's folder, with `plates` in it
          **fields        # of the config, for all arms
@@ -141,8 +141,7 @@ def arms(place:Path,     # the bench's folder, with `plates` in it
     common = dict(dict(mode='student', name='bench', out=place/'runs', data=place/'plates', val_share=.4, augment=1., steps=1_000_000), **fields)
     model = common.setdefault('student_model_type', 'restran_tiny')
     teacher = dict(model_type=model, teacher_checkpoint=place/'runs'/f'{model}_{common.get("frames", 1)}.pth')
-    made = {'CTC': dict(distill_weight=0., clean_hr_guided=False), 'live teacher': teacher}
-    if CACHED is not None: made['cached teacher'] = dict(teacher, **CACHED)
+    made = {'CTC': dict(distill_weight=0., clean_hr_guided=False), 'live teacher': dict(teacher, teacher_cache='off'), 'cached teacher': dict(teacher, **CACHED)}
     return {name: make_config({**common, **more}) for name, more in made.items()}
 
 def stand_in(cfg:Config, data:Data) -> None:
@@ -162,22 +161,19 @@ class FilePairs(Dataset):
     def __init__(self, tracks:Sequence[Track], cfg:Config,
                  pairs:bool=True,  # False: LR only
                  train:bool=True): # False: the first frames in order, nothing random
-        self.tracks, self.cfg, self.pairs, self.train = tracks, cfg, pairs, train
+        self.cfg, self.train, self.texts = cfg, train, [t.text for t in tracks]
+        self.paths = [(t.lr, t.hr)[:1 + pairs] for t in tracks]
 
-    def __len__(self): return len(self.tracks)
+    def __len__(self): return len(self.texts)
 
-    def read(self, paths, at) -> Tensor: # (f,3,H,W) in [-1,1]
-        images = np.stack([fit(read_image(paths[k]), self.cfg.height, self.cfg.width) for k in at])
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def __getitem__(self, i:int) -> dict: # images, texts, and clean_hr where there are pairs
-        t, f, g = self.tracks[i], self.cfg.frames, torch.default_generator # a worker has its own seed
+    def __getitem__(self, i:int) -> dict: # images (f,3,H,W) in [-1,1], texts, and clean_hr where there are pairs
+        f, augment, g = self.cfg.frames, self.cfg.augment if self.train else 0, torch.default_generator # a worker has its own seed
         at = torch.randperm(FRAMES, generator=g)[:f].tolist() if self.train else range(f)
-        x = [self.read(t.lr, at)] + [self.read(t.hr, at)] * self.pairs
-        if self.train and self.cfg.augment:
-            x = warp(torch.cat(x, 1)[None], draw_geometry(1, self.cfg.augment, g))[0].split(3, 1)
-            x = [apply_light(x[0][None], *draw_light(1, self.cfg.augment, g))[0], *x[1:]]
-        return dict(zip(('images', 'clean_hr'), x), texts=t.text)
+        x = torch.from_numpy(np.stack([fit(read_image(paths[k]), self.cfg.height, self.cfg.width) for paths in self.paths[i] for k in at]))
+        if augment: x = warp(x[None], draw_geometry(1, augment, g))[0]            # LR and HR as frames: one map for both
+        x = list((x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1).split(f)) # as torchvision's ToTensor: planes
+        if augment: x[0] = apply_light(x[0][None], *draw_light(1, augment, g))[0]
+        return dict(zip(('images', 'clean_hr'), x), texts=self.texts[i])
 
 # %% ../nbs/55_bench.ipynb #0019
 class FileLoader(DataLoader):
@@ -264,7 +260,7 @@ def where(device:torch.device) -> str:
 
 # %% ../nbs/55_bench.ipynb #0024
 def packing(place:Path, rounds:int,
-            workers:Sequence[int], # threads of each arm
+            workers:Sequence[int], # processes of each arm
            ) -> list[dict]:
     "Pictures that are decoded and stored in a second."
     tracks = index(Path(place)/'plates').train
@@ -274,7 +270,7 @@ def packing(place:Path, rounds:int,
             start = time.perf_counter()
             pack(tracks, Path(cache), workers=w)
             return n / (time.perf_counter() - start)
-    return [record('packing', a, r, v, 'images/s', n) for r, a, v in in_turns({f'{w} thread{"s" * (w > 1)}': partial(go, w) for w in workers}, rounds)]
+    return [record('packing', a, r, v, 'images/s', n) for r, a, v in in_turns({f'{w} worker{"s" * (w > 1)}': partial(go, w) for w in workers}, rounds)]
 
 # %% ../nbs/55_bench.ipynb #0025
 def inputs(place:Path, rounds:int, batches:int,
@@ -305,7 +301,7 @@ def training(place:Path, rounds:int, steps:int,
     cfgs, device = arms(place, device=device, **fields), pick_device(device)
     turns, ready, c = {}, {}, cfgs['CTC']
     size, model = c.batch_size, c.student_model_type + f' on {c.frames} frames' * (c.frames > 1)
-    for name in [n for n in names if n in cfgs]:
+    for name in names:
         data = open_data(cfgs[name])
         stand_in(cfgs[name], data)
         ready[name] = t = trainer(cfgs[name], data)
@@ -411,7 +407,7 @@ def gpu_share(place:Path, rounds:int, steps:int, names:Sequence[str], device:str
     "The part of the measured bf16 peak that a training step reaches."
     cfgs, device, rows = arms(place, device=device, **fields), pick_device(device), []
     best = matmul_rate(device, size)
-    for name in [n for n in names if n in cfgs]:
+    for name in names:
         data = open_data(cfgs[name])
         stand_in(cfgs[name], data)
         t, what = trainer(cfgs[name], data), f'{cfgs[name].student_model_type}, {name}, batch {cfgs[name].batch_size}'
@@ -448,13 +444,12 @@ def plan(place:Path, s:Sizes, device:str='auto') -> list[tuple[str, int, dict]]:
     workers = {t: 0 if t == 1 and not gpu else min(cores(), 8) if gpu else t for t in {*few, *s.big_threads}} # of the plain loader that feeds a step
     big = dict(given, student_model_type=s.big, frames=FRAMES, batch_size=s.big_batch)
     tiny = dict(given, batch_size=s.batch_size)
-    named = [n for n in TRAINED if n in arms(place)]
     todo = [('packing', 1, dict(place=str(place), rounds=s.rounds, workers=sorted({1, cores()})))]
     todo += [('inputs', t, dict(tiny, rounds=s.rounds, batches=s.batches, workers=[0, 1] if t == 1 else [t])) for t in few]
     todo += [('training', t, dict(tiny, rounds=s.rounds, steps=s.steps, names=TRAINED, reference=TRAINED[:2], workers=workers[t])) for t in few]
     todo += [('training', t, dict(big, rounds=s.big_rounds, steps=s.big_steps, names=['CTC'], reference=['CTC'], workers=workers[t])) for t in s.big_threads if t <= cores()]
     todo += [('reading', 1, dict(tiny, rounds=s.rounds))]
-    todo += [('peak', 1, dict(tiny, name=n, steps=s.steps)) for n in [*named, *(f'{n}, reference style' for n in TRAINED[:2])]]
+    todo += [('peak', 1, dict(tiny, name=n, steps=s.steps)) for n in [*TRAINED, *(f'{n}, reference style' for n in TRAINED[:2])]]
     if gpu: todo += [('gpu_share', 1, dict(given, rounds=s.rounds, steps=s.steps, names=TRAINED, **more)) for more in (
         dict(batch_size=s.batch_size), dict(student_model_type=s.big, frames=FRAMES, batch_size=s.batch_size))]
     return todo
@@ -631,22 +626,24 @@ class Trial(NamedTuple):
     steps:int=600
     seeds:int=3
 
-STYLES = ('reference style', 'fast')
+FAST = {'fast': {}, 'fast, cached teacher': CACHED} # what `train_kd` is told beyond its defaults
+STYLES = ('reference style', *FAST)
 LEARNING = dict(batch_size=32, val_share=.2, augment=.5, lr=5e-3)
 
-def trial_config(place:Path, t:Trial, mode:str, seed:int=0, device:str='auto') -> Config:
-    "The teacher, or the fast student of a seed."
+def trial_config(place:Path, t:Trial, mode:str, seed:int=0, device:str='auto', style:str='fast') -> Config:
+    "The teacher, or the student of a style and a seed."
     common = dict(LEARNING, mode=mode, device=device, out=Path(place)/'accuracy', data=Path(place)/'accuracy'/'plates')
     if mode == 'teacher': return make_config(dict(common, name='teacher', steps=t.teacher_steps, eval_every=t.teacher_steps, recombine=.3))
-    return make_config(dict(common, name=f'fast_{seed}', seed=seed, steps=t.steps, eval_every=t.steps, teacher_checkpoint=common['out']/'teacher_best.pth'))
+    name = f'{style.replace(", ", "_").replace(" ", "_")}_{seed}'
+    return make_config(dict(common, name=name, seed=seed, steps=t.steps, eval_every=t.steps, teacher_checkpoint=common['out']/'teacher_best.pth', **FAST.get(style, {})))
 
 # %% ../nbs/55_bench.ipynb #0050
 def learning(place:Path, trial:Sequence[int], # the fields of a `Trial`
              style:str, seed:int, device:str='auto') -> str: # the CSV of what it read
     "Train one student and read the test part; what was read before is kept."
-    cfg = trial_config(place, Trial(*trial), 'student', seed, device)
-    if style == 'fast': return str(train_kd(cfg).path/'predictions_test.csv')
-    path = cfg.out/f'reference_{seed}.csv'
+    cfg = trial_config(place, Trial(*trial), 'student', seed, device, style)
+    if style in FAST: return str(train_kd(cfg).path/'predictions_test.csv')
+    path = cfg.out/f'{cfg.name}.csv'
     if path.exists(): return str(path)
     torch.manual_seed(seed)
     data = open_data(cfg)
@@ -658,18 +655,22 @@ def learning(place:Path, trial:Sequence[int], # the fields of a `Trial`
 MEASURES['learning'] = learning
 
 # %% ../nbs/55_bench.ipynb #0051
-def accuracy_table(preds:dict[str, list]) -> dict: # style -> readings of each seed
-    "Exact match of each seed, their mean difference, and its paired interval over plates, whose seeds stand or fall together."
-    rate = {style: [float(np.mean([p.right for p in some])) for some in seeds] for style, seeds in preds.items()}
-    both = [paired(a, b) for a, b in zip(*(preds[s] for s in STYLES))]
-    a, b, texts = (np.concatenate(x) for x in zip(*both))
-    return dict(exact=rate, differences=[f - r for r, f in zip(*(rate[s] for s in STYLES))], plates=len(set(texts)), **bootstrap_difference(a, b, list(texts))._asdict())
+def accuracy_table(preds:dict[str, list]) -> list[dict]: # preds: style -> readings of each seed; a row for each style but the first
+    "Exact match of each seed against the first style's, the mean difference, and its paired interval over plates, whose seeds stand or fall together."
+    def against(style):
+        both = [paired(a, b) for a, b in zip(preds[STYLES[0]], preds[style])]
+        a, b, texts = (np.concatenate(x) for x in zip(*both))
+        exact = [(float(x.mean()), float(y.mean())) for x, y, _ in both]
+        return dict(style=style, exact=exact, differences=[y - x for x, y in exact], plates=len(set(texts)), **bootstrap_difference(a, b, list(texts))._asdict())
+    return [against(style) for style in preds if style != STYLES[0]]
 
-def accuracy_text(found:dict) -> str:
-    "One line a seed, then the verdict."
-    rows = [f'seed {i}: {STYLES[0]} {pct(r)} %, {STYLES[1]} {pct(f)} %, difference {100 * (f - r):+.1f} points' for i, (r, f) in enumerate(zip(*(found['exact'][s] for s in STYLES)))]
-    what = 'no certain difference' if found['lo'] <= 0 <= found['hi'] else 'the fast path reads better' if found['mean'] > 0 else 'the fast path reads worse'
-    return '\n'.join([*rows, f"mean difference {100 * found['mean']:+.1f} points (paired 95 % interval over {found['plates']} plates {100 * found['lo']:+.1f} to {100 * found['hi']:+.1f}): {what}"])
+def accuracy_text(rows:list[dict]) -> str:
+    "One line a seed, then the verdict, for each fast style."
+    def of(r):
+        seeds = [f'  seed {i}: {pct(y)} %, {STYLES[0]} {pct(x)} %, difference {100 * (y - x):+.1f} points' for i, (x, y) in enumerate(r['exact'])]
+        what = 'no certain difference' if r['lo'] <= 0 <= r['hi'] else 'better than reference style' if r['mean'] > 0 else 'worse than reference style'
+        return [r['style'], *seeds, f"  mean difference {100 * r['mean']:+.1f} points (paired 95 % interval over {r['plates']} plates {100 * r['lo']:+.1f} to {100 * r['hi']:+.1f}): {what}"]
+    return '\n'.join(line for r in rows for line in of(r))
 
 # %% ../nbs/55_bench.ipynb #0053
 def accuracy(out:Path|None=None, # folder; None: `bench`
@@ -677,15 +678,15 @@ def accuracy(out:Path|None=None, # folder; None: `bench`
              workers:int|None=None, # students at a time, a thread each; None: one a core
              device:str='auto',
             ) -> Path:           # accuracy.json
-    "Train the students of both styles, print the differences, write `accuracy.json`; the same call goes on where it stopped."
+    "Train the students of all styles, print the differences, write `accuracy.json`; the same call goes on where it stopped."
     place, start = Path(out or 'bench').absolute(), time.perf_counter()
     synth(place/'accuracy'/'plates', tracks=trial.tracks, test=trial.test, seed=0)
     train_kd(trial_config(place, trial, 'teacher', device=device))
-    open_data(trial_config(place, trial, 'student'))
+    open_data(trial_config(place, trial, 'student', device=device))
     jobs = [(style, seed) for seed in range(trial.seeds) for style in STYLES]
     def go(job): return apart('learning', 1, place=str(place), trial=list(trial), style=job[0], seed=job[1], device=device)
     with ThreadPoolExecutor(workers or cores()) as pool: paths = dict(zip(jobs, progress(pool.map(go, jobs), len(jobs), 'students')))
     found = accuracy_table({style: [read_predictions(paths[style, s]) for s in range(trial.seeds)] for style in STYLES})
-    write_json(place/'accuracy.json', dict(machine=machine(pick_device(device), 1), trial=trial._asdict(), **found))
+    write_json(place/'accuracy.json', dict(machine=machine(pick_device(device), 1), trial=trial._asdict(), differences=found))
     print(accuracy_text(found), '', f'{place/"accuracy.json"} ({time.perf_counter() - start:.0f} s)', sep='\n')
     return place/'accuracy.json'

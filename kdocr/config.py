@@ -42,6 +42,8 @@ class RunSettings(BaseModel):
     "auto: CUDA where there is one; or a torch device."
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto'
     "Arithmetic of the networks, losses are always fp32; auto: bf16 on CUDA, fp32 on a CPU."
+    compile: Literal['auto', 'on', 'off'] = 'auto'
+    "torch.compile of the networks; auto: on CUDA alone, on a CPU it takes minutes to warm up and gains nothing."
     threads: int = Field(1, ge=1)
     "CPU threads of torch; more than one only pays on a machine that nobody else uses."
 
@@ -56,8 +58,12 @@ class DataSettings(RunSettings):
     "Embedded plates: held-out tracks with unseen texts."
     val_share: float = Field(0.1, gt=0, lt=1)
     "Share of the plate texts that validate; no text is on both sides."
+    packs: OptionalPath = None
+    "Folder of the decoded pictures, as `kdocr pack` fills it; none: .kdocr in the data folder, or in OUT where that is read-only."
     skip_faulty: bool = False
     "Leave damaged tracks out instead of refusing the folder."
+    keep: Literal['auto', 'device', 'mapped'] = 'auto'
+    "Where the packed pictures live: auto: in a GPU's memory where they fit, in mapped files otherwise; device: in memory, or refuse; mapped: always in files."
 
     height: int = Field(32, ge=16, multiple_of=16)
     "Input height in pixels."
@@ -88,6 +94,8 @@ class ViewSettings(DataSettings):
 
     augment: float = Field(1.0, ge=0, le=3)
     "Strength of geometry and light in training; 0: none."
+    geometry_views: int = Field(0, ge=0, le=64)
+    "Fixed geometric maps of each training track, one of which a step shows; 0: a new one every step. Fixed ones let the teacher's taps be cached."
     recombine: float = Field(0.0, ge=0, le=1)
     "Share of training pictures that join the letters of one plate to the rest of another: for data with few texts."
 
@@ -124,6 +132,10 @@ class Config(StepSettings):
     "Architecture of the student."
     teacher_checkpoint: OptionalPath = None
     "The frozen teacher of student mode."
+    teacher_precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto'
+    "Arithmetic of the frozen teacher; auto: bf16 where the device multiplies in it, fp32 elsewhere."
+    teacher_cache: Literal['auto', 'on', 'off'] = 'auto'
+    "Compute the teacher's taps once and keep them beside the packs. auto: where its view of a track is fixed (no augmentation, or geometry_views); on: refuse where it is not."
     student_init: str = 'random'
     "Where the student starts: random, teacher, or a checkpoint's path."
     distill_weight: float = Field(1.0, ge=0, allow_inf_nan=False)

@@ -6,11 +6,14 @@
 __all__ = ['Flags', 'new_trainer', 'train_kd', 'parse', 'summary', 'main']
 
 # %% ../nbs/43_train_kd.ipynb #0002
-import sys
+import os, sys
+from contextlib import ExitStack
 from typing import Annotated, Literal, TypedDict, get_args, get_origin
+import cv2
 import torch
 import tyro
 from torch import nn
+from .ranks import Ranks, first
 from .core import KdocrError, guard, nearest, read_json
 from .config import Config, load_config
 from .data import Data, open_data
@@ -20,25 +23,31 @@ from .distill import TrainerDistill, load_teacher, new_model, new_student
 
 # %% ../nbs/43_train_kd.ipynb #0005
 def new_trainer(cfg:Config, run:RunFolder, data:Data,
-                teacher:nn.Module|None # of student mode
+                teacher:nn.Module|None, # of student mode
+                ranks:Ranks=Ranks()
                ) -> Trainer:
     "The trainer that `cfg` asks for."
-    if cfg.mode == 'teacher': return Trainer(cfg, run, data, new_model(cfg, cfg.model_type))
+    if cfg.mode == 'teacher': return Trainer(cfg, run, data, new_model(cfg, cfg.model_type), ranks=ranks)
     student = new_student(cfg, data.split.hash)
-    return TrainerDistill(cfg, run, data, student, teacher) if cfg.distill_weight and cfg.distill_taps else Trainer(cfg, run, data, student)
+    return TrainerDistill(cfg, run, data, student, teacher, ranks) if cfg.distill_weight and cfg.distill_taps else Trainer(cfg, run, data, student, ranks=ranks)
 
 # %% ../nbs/43_train_kd.ipynb #0007
 def train_kd(cfg:Config) -> RunFolder: # the finished run
     "Train a teacher or a student; go on where an earlier call stopped."
-    torch.set_num_threads(cfg.threads)
-    run, data = RunFolder(cfg.out/cfg.name), open_data(cfg)
-    teacher = load_teacher(cfg, data.split.hash) if cfg.mode == 'student' and cfg.teacher_checkpoint else None
-    ids = dict(data_fingerprint=data.fingerprint, split_hash=data.split.hash, teacher_hash=teacher and state_hash(teacher))
-    with run.alone():
-        trainer = None if run.finished else new_trainer(cfg, run, data, teacher)
-        run.claim(cfg, ids, environment(pick_device(cfg.device), cfg.threads))
+    torch.set_num_threads(cfg.threads); cv2.setNumThreads(cfg.threads)
+    run = RunFolder(cfg.out/cfg.name)
+    with Ranks.join(cfg.device) as ranks, ExitStack() as held:
+        with first(ranks): data = open_data(cfg)                       # one rank draws and packs, the others find it done
+        teacher = load_teacher(cfg, data.split.hash) if cfg.mode == 'student' and cfg.teacher_checkpoint else None
+        ids = dict(data_fingerprint=data.fingerprint, split_hash=data.split.hash, teacher_hash=teacher and state_hash(teacher))
+        with first(ranks):
+            if ranks.leads: held.enter_context(run.alone())
+        trainer = None if ranks.broadcast(run.finished) else new_trainer(cfg, run, data, teacher, ranks)
+        with first(ranks):
+            if ranks.leads: run.claim(cfg, ids, environment(pick_device(cfg.device, ranks), cfg.threads))
         if trainer: trainer.fit()
-        elif cfg.mode == 'teacher' and not run.published.exists(): run.publish()
+        elif ranks.leads and cfg.mode == 'teacher' and not run.published.exists(): run.publish()
+        ranks.wait()                                                   # the run is finished for all, or for none
     return run
 
 # %% ../nbs/43_train_kd.ipynb #000d
@@ -72,6 +81,7 @@ def main(argv:list[str]|None=None) -> int: # the exit status
     def command():
         cfg = parse(sys.argv[1:] if argv is None else argv)
         run = train_kd(cfg)
+        if int(os.environ.get('RANK', 0)): return # one summary is enough
         print(summary(run))
         if cfg.mode == 'teacher': print(f'teacher: {run.published}')
     return guard(command)

@@ -2,16 +2,17 @@
 import json, math
 import pytest
 import torch
-from kdocr.augment import draw_geometry, warp
-from kdocr.bench import (COMPARED, FilePairs, FileLoader, QUICK, STYLES, Sizes, Trial, accuracy, accuracy_table, apart, arms, bench, files_of, growth, in_turns, inputs, memory,
+from kdocr.augment import apply_light, draw_geometry, draw_light, warp
+from kdocr.bench import (COMPARED, FilePairs, FileLoader, QUICK, STYLES, TRAINED, Sizes, Trial, accuracy, accuracy_table, apart, arms, bench, files_of, growth, in_turns, inputs, memory,
                          multiply, plain, plain_ctc, plan, plot_bench, ratios, record, result, stand_in, step_flops, matmul_rate, summary, table_text, trainer, training, turn)
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
 from kdocr.ctc import ctc_loss
-from kdocr.data import open_data
-from kdocr.icpr import check, index
+from kdocr.data import open_data, to_input
+from kdocr.icpr import check, index, read_image
 from kdocr.metrics import Prediction
 from kdocr.notebooks import run_notebook
+from kdocr.pack import fit
 from kdocr.run import load_checkpoint
 from kdocr.synth import synth
 
@@ -78,12 +79,13 @@ def test_the_plain_loader_draws_frames_and_moves_the_pair_together(place):
     drawn = {still[0]['images'].sum().item() for _ in range(40)}
     assert 2 <= len(drawn) <= 5
     torch.manual_seed(0)
-    before = moved[0]['clean_hr']
+    seen = moved[0]
     torch.manual_seed(0)
-    torch.randperm(5, generator=torch.default_generator)
+    at = torch.randperm(5, generator=torch.default_generator)[:1].tolist()
     theta = draw_geometry(1, 1., torch.default_generator)
-    torch.manual_seed(0)
-    assert torch.allclose(before, warp(still[0]['clean_hr'][None], theta)[0], atol=1e-6)
+    lr, hr = (torch.from_numpy(fit(read_image(p[at[0]]), 32, 128))[None, None] for p in (track[0].lr, track[0].hr))
+    assert torch.equal(seen['clean_hr'], to_input(warp(hr, theta))[0]) and seen['clean_hr'].is_contiguous()
+    assert torch.equal(seen['images'], apply_light(to_input(warp(lr, theta)), *draw_light(1, 1., torch.default_generator))[0])
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_pass_has_as_many_batches_as_asked(place, workers):
@@ -140,9 +142,9 @@ def test_growth_has_every_size_and_leaves_nothing(place):
 
 
 def test_rows_of_every_kind(place):
-    got = inputs(place, 2, 2, [0], 8, 'cpu') + training(place, 2, 1, ['CTC', 'live teacher'], ['live teacher'], device='cpu', batch_size=8)
+    got = inputs(place, 2, 2, [0], 8, 'cpu') + training(place, 2, 1, TRAINED, ['live teacher'], device='cpu', batch_size=8)
     assert all(r.keys() == FIELDS and math.isfinite(r['value']) and r['value'] > 0 for r in got)
-    assert {r['arm'] for r in got} == {'packed', 'files, 0 workers', 'CTC', 'live teacher', 'live teacher, reference style'}
+    assert {r['arm'] for r in got} == {'packed', 'files, 0 workers', *TRAINED, 'live teacher, reference style'}
     assert {r['n'] for r in got if r['unit'] == 'images/s'} == {2 * 8 * 2} and {r['round'] for r in got} == {0, 1}
 
 def test_a_measure_fails_in_one_line_and_memory_is_its_own():
@@ -171,8 +173,9 @@ def test_the_plan_compares_like_with_like(place):
 
 def test_the_difference_of_accuracies_is_paired():
     def read(right): return [Prediction(f't{i}', f'ABC{i:04}', f'ABC{i:04}' if i in right else '', .9) for i in range(100)]
-    found = accuracy_table({STYLES[0]: [read(range(50)), read(range(60))], STYLES[1]: [read(range(52)), read(range(59))]})
-    assert found['exact'] == {STYLES[0]: [.5, .6], STYLES[1]: [.52, .59]} and found['differences'] == pytest.approx([.02, -.01])
+    found, same = accuracy_table({STYLES[0]: [read(range(50)), read(range(60))], STYLES[1]: [read(range(52)), read(range(59))], STYLES[2]: [read(range(50)), read(range(60))]})
+    assert same['style'] == STYLES[2] and same['mean'] == same['lo'] == same['hi'] == 0
+    assert found['exact'] == [(.5, .52), (.6, .59)] and found['differences'] == pytest.approx([.02, -.01])
     assert found['mean'] == pytest.approx(.005) and found['lo'] <= 0 <= found['hi'] and found['plates'] == 100
 
 @pytest.mark.slow
@@ -193,7 +196,7 @@ def test_the_smallest_comparison_of_accuracies(tmp_path, capsys):
     small = Trial(60, 12, 3, 2, 2)
     first = accuracy(tmp_path, small, 2, 'cpu').read_text()
     found = json.loads(first)
-    assert len(found['differences']) == 2 and set(found['exact']) == set(STYLES) and found['plates'] == 12
+    assert [r['style'] for r in found['differences']] == list(STYLES[1:]) and all(len(r['exact']) == 2 and r['plates'] == 12 for r in found['differences'])
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'accuracy').rglob('*.csv')}
     assert accuracy(tmp_path, small, 2, 'cpu').exists() and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
     assert 'mean difference' in capsys.readouterr().out

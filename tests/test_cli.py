@@ -8,9 +8,9 @@ def kdocr(*args, **kw): return subprocess.run([sys.executable, '-m', 'kdocr.cli'
 
 def test_help_names_every_command():
     r = kdocr('--help')
-    assert r.returncode == 0 and all(c in r.stdout for c in ('demo', 'synth', 'check', 'run', 'report', 'train_kd --help'))
+    assert r.returncode == 0 and all(c in r.stdout for c in ('demo', 'synth', 'check', 'pack', 'run', 'report', 'train_kd --help'))
 
-@pytest.mark.parametrize('command', ['demo', 'synth', 'check', 'run', 'report'])
+@pytest.mark.parametrize('command', ['demo', 'synth', 'check', 'pack', 'run', 'report'])
 def test_help_of_each(command, capsys):
     with pytest.raises(SystemExit) as e: parser().parse_args([command, '--help'])
     assert e.value.code == 0 and command in capsys.readouterr().out

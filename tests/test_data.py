@@ -1,24 +1,20 @@
 """From files to batches: packs that are whole or absent, batches that depend on their step alone, one geometry for both resolutions."""
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-import kdocr.pack
+import kdocr.data
 from kdocr.augment import draw_geometry, warp
 from kdocr.config import load_config
 from kdocr.core import KdocrError
-from kdocr.data import ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset, open_data, rows_of
+from kdocr.data import ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset, NotFixed, count_views, open_data, rows_of, settle, teacher_view
 from kdocr.icpr import index
-from kdocr.pack import Pack, decode, open_pack, pack
+from kdocr.pack import Pack
 
 CPU = torch.device('cpu')
 
@@ -106,7 +102,8 @@ def through(theta, points, h=32, w=128):
 
 def test_warp_puts_pixels_where_theta_says():
     theta = draw_geometry(20, 1., torch.Generator().manual_seed(0))
-    seen = warp(torch.tensor(blobs()).float().expand(20, 1, 1, 32, 128), theta)[:, 0, 0].numpy()
+    spots = torch.tensor(np.rint(255 * blobs())).to(torch.uint8)[..., None].expand(20, 1, 32, 128, 3)
+    seen = warp(spots, theta)[:, 0, :, :, 0].numpy() / 255
     for t, image in zip(theta, seen):
         expected = through(t, POINTS)
         inside = (expected > 5).all(1) & (expected[:, 0] < 122) & (expected[:, 1] < 26)
@@ -228,105 +225,6 @@ def test_what_cannot_be_served_is_refused_by_name():
     with refused('frames: 6'): ICPR_LPR_HR_Dataset(full, full.keys, frames=6)
 
 
-# ---------------------------------------------------------------- packs
-
-def same_arrays(a, b): return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ('lr', 'hr', 'degraded'))
-
-
-def test_a_pack_holds_what_is_on_disk_whoever_decodes_it(tracks, tmp_path):
-    one, _ = pack(tracks, tmp_path/'one', views=2, workers=1)
-    many, _ = pack(tracks, tmp_path/'many', views=2, workers=5)
-    assert same_arrays(one, many) and one.keys == [t.key for t in tracks] and one.texts == texts(12)
-    arrays, heights = decode(tracks[4], 32, 128, views=2, seed=0)
-    assert np.array_equal(one.hr[4], arrays['hr']) and np.array_equal(one.degraded[4], arrays['degraded'])
-    assert one.heights['lr'][4].tolist() == heights['lr'] == [16] * 5 and one.heights['hr'][4].tolist() == [30] * 5
-    with pytest.raises(ValueError): one.lr[0] = 0
-
-
-def test_colour_is_rgb(tmp_path):
-    write_track(tmp_path/'red', 0, 'ABC1234', ext='png', colour=(200, 30, 10))
-    p, _ = pack(index(tmp_path/'red').train, tmp_path/'packs')
-    assert p.hr[0, 0, 5, 5].tolist() == [200, 30, 10]
-
-
-def test_a_second_call_decodes_nothing(tracks, tmp_path, monkeypatch):
-    first, _ = pack(tracks, tmp_path/'packs')
-    monkeypatch.setattr(kdocr.pack, 'decode', None)
-    assert pack(tracks, tmp_path/'packs')[0].folder == first.folder
-
-
-@pytest.mark.parametrize('change', ['picture', 'text', 'size', 'views'])
-def test_a_change_makes_another_pack(plates, tmp_path, change):
-    tracks, cache = index(plates).train, tmp_path/'packs'
-    old, _ = pack(tracks, cache, views=1)
-    how = dict(views=2 if change == 'views' else 1, height=48 if change == 'size' else 32)
-    if change == 'picture': write_picture(tracks[3].lr[0], None, 16, 40, (1, 2, 3))
-    if change == 'text': (tracks[3].folder/'annotations.json').write_text(json.dumps(dict(plate_layout='Brazilian', plate_text='ZZZ9999')))
-    new, _ = pack(index(plates).train, cache, **how)
-    assert new.folder != old.folder
-    if change == 'picture': assert abs(new.lr[3, 0].astype(int) - (1, 2, 3)).max() < 6 and not old.folder.exists(), 'a stale one goes'
-    if change == 'text': assert new.texts[3] == 'ZZZ9999'
-
-
-def test_the_same_folder_by_another_path_is_the_same_pack(plates, tmp_path, monkeypatch):
-    first, _ = pack(index(plates).train, tmp_path/'packs')
-    monkeypatch.chdir(plates.parent)
-    monkeypatch.setattr(kdocr.pack, 'decode', None)
-    assert pack(index('plates').train, tmp_path/'packs')[0].folder == first.folder
-
-
-@pytest.mark.parametrize('harm', ['array cut short', 'array gone', 'index cut short', 'index gone', 'other format'])
-def test_a_pack_that_is_not_whole_is_made_again(tracks, tmp_path, harm):
-    good, _ = pack(tracks, tmp_path/'packs')
-    pixels, file = np.array(good.hr), good.folder/('hr.npy' if 'array' in harm else 'index.json')
-    if 'gone' in harm: file.unlink()
-    elif 'cut short' in harm: os.truncate(file, file.stat().st_size - 7)
-    else: file.write_text(file.read_text().replace('"format": ', '"format": 9'))
-    assert open_pack(good.folder) is None
-    assert np.array_equal(pack(tracks, tmp_path/'packs')[0].hr, pixels)
-
-
-RUN = 'import sys, time, kdocr.pack as p\nfrom kdocr.icpr import index\n'
-
-
-def start(code, *args):
-    return subprocess.Popen([sys.executable, '-c', RUN + code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_a_kill_leaves_nothing_half_read(plates, tracks, tmp_path):
-    cache, stuck = tmp_path/'packs', '''
-whole = p.decode
-def decode(track, *a):
-    if track.key == 'track_00007': print('half', flush=True); time.sleep(60)
-    return whole(track, *a)
-p.decode = decode
-p.pack(index(sys.argv[1]).train, sys.argv[2], workers=1)'''
-    with start(stuck, plates, cache) as killed:
-        assert killed.stdout.readline() == 'half\n'
-        killed.send_signal(signal.SIGKILL)
-    left = [f.name for f in cache.iterdir() if f.is_dir()]
-    assert len(left) == 1 and left[0].startswith('.tmp-'), 'no pack by its real name'
-    whole, faults = pack(tracks, cache)
-    assert not faults and np.array_equal(whole.hr[11], decode(tracks[11], 32, 128, 0, 0)[0]['hr'])
-    assert [f.name for f in cache.iterdir() if f.is_dir()] == [whole.folder.name], 'the orphan is swept away'
-
-
-def test_two_processes_make_one_pack(plates, tracks, tmp_path):
-    cache, both = tmp_path/'packs', '''
-whole = p.decode
-p.decode = lambda *a: (print('decoded', flush=True), time.sleep(.02), whole(*a))[2]
-print(p.pack(index(sys.argv[1]).train, sys.argv[2], workers=1)[0].hr.sum())'''
-    said = [p.communicate(timeout=60)[0].split() for p in [start(both, plates, cache) for _ in range(2)]]
-    assert said[0][-1] == said[1][-1] == str(pack(tracks, cache)[0].hr.sum())
-    assert sum(s.count('decoded') for s in said) == 12, 'each track once'
-
-
-def test_a_full_disk_is_told_before_the_work(tracks, tmp_path, monkeypatch):
-    monkeypatch.setattr(kdocr.pack.shutil, 'disk_usage', lambda path: SimpleNamespace(free=600_000))
-    with pytest.raises(KdocrError, match='packs: 12 packed tracks need 1 MB, 1 MB are free'): pack(tracks, tmp_path/'packs')
-    assert not [f for f in (tmp_path/'packs').iterdir() if f.is_dir()]
-
-
 # ---------------------------------------------------------------- the whole of it
 
 def test_teacher_and_student_share_one_split_without_a_common_text(plates, tmp_path):
@@ -377,3 +275,58 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
     for name in ('nowhere', 'empty'):
         if name == 'empty': (tmp_path/name).mkdir()
         with pytest.raises(KdocrError, match=name): open_data(small(tmp_path, tmp_path/name))
+
+
+# ---------------------------------------------------------------- views that can be counted, pictures that are at hand
+
+@pytest.mark.parametrize('frames', [1, 2, 5])
+@pytest.mark.parametrize('how', [dict(augment=1., geometry_views=3), dict(augment=0.), dict(augment=1., geometry_views=2, student_input='mix')])
+def test_a_named_view_is_what_the_batch_shows_the_teacher(frames, how):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 12, 5, 32, 128, 3), dtype=np.uint8)
+    pack = by_hand(12, *noise, degraded=noise[:1].transpose(1, 0, 2, 3, 4, 5))
+    data, seen = ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=frames, **how), set()
+    for step in range(100):
+        b = data.batch(torch.tensor([3, 0, 11, 3]), step)
+        assert torch.equal(teacher_view(data, b.rows, b.views), b.clean_hr)
+        seen |= set(b.views.tolist())
+    assert seen == set(range(count_views(data))), 'every view is shown, and no other'
+
+
+@pytest.mark.parametrize('how, why', [(dict(augment=1.), 'geometry_views'), (dict(recombine=.5), 'recombine'), (dict(clean_hr_guided=False), 'clean_hr_guided')])
+def test_a_view_that_is_drawn_anew_has_no_number(how, why):
+    pack = numbered()
+    data = ICPR_LPR_Distill_Dataset(pack, pack.keys, **how)
+    with pytest.raises(NotFixed, match=why): count_views(data)
+    assert data.batch(torch.arange(4)).views is None
+
+
+def test_pictures_in_memory_and_in_files_give_the_same_batches():
+    pack = numbered()
+    def make(): return ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=2, augment=1., student_input='mix')
+    mapped, held = make(), make()
+    assert settle([mapped], 'cpu') == 0 and settle([held, None], 'cpu', 'device') == pack.lr.nbytes + pack.hr.nbytes + pack.degraded.nbytes
+    for step in range(3):
+        a, b = (d.batch(torch.arange(12), step) for d in (mapped, held))
+        assert torch.equal(a.images, b.images) and torch.equal(a.clean_hr, b.clean_hr) and a.keys == b.keys
+
+
+def test_pictures_that_do_not_fit_are_refused_before_they_are_copied(monkeypatch):
+    data = ICPR_LPR_HR_Dataset(numbered(), ['t0'])
+    monkeypatch.setattr(kdocr.data, 'free_memory', lambda device: 1_000)
+    monkeypatch.setattr(torch, 'from_numpy', None)
+    with pytest.raises(KdocrError, match='keep: device, but the packed pictures need .* keep: mapped'): settle([data], 'cpu', 'device')
+    assert settle([data], torch.device('cuda'), 'auto') == 0, 'read from the files instead'
+
+
+@pytest.mark.parametrize('how', [dict(augment=1.), dict(augment=1., geometry_views=2, student_input='mix'), dict(augment=1., recombine=.7), dict(frames=3)])
+def test_the_parts_of_a_batch_are_the_batch(how):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 12, 5, 32, 128, 3), dtype=np.uint8)
+    pack = by_hand(12, *noise, degraded=noise[:1].transpose(1, 0, 2, 3, 4, 5))
+    data = ICPR_LPR_Distill_Dataset(pack, pack.keys, **how)
+    rows = torch.tensor([5, 2, 9, 0, 11, 4])
+    whole, parts = data.batch(rows, 3), [data.batch(rows, 3, part=slice(a, a + 3)) for a in (0, 3)]
+    join = lambda name: torch.cat([getattr(p, name) for p in parts])
+    assert torch.equal(join('rows'), whole.rows) and torch.equal(join('clean_hr'), whole.clean_hr)
+    assert (join('images') - whole.images).abs().max() < 1e-6, 'a product may sum in another order'
+    assert sum([p.keys for p in parts], []) == whole.keys and sum([p.texts for p in parts], []) == whole.texts and sum([p.heights for p in parts], []) == whole.heights
+    if whole.views is not None: assert torch.equal(torch.cat([p.views for p in parts]), whole.views)

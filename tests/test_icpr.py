@@ -1,6 +1,8 @@
 """Data on disk: every way in which it may be written, every way in which it may be broken, and a split that no plate crosses."""
 import json
+import os
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,8 +13,8 @@ from conftest import DAY, NIGHT, TEST, annotate, write_track
 from kdocr import icpr
 from kdocr.charset import Charset
 from kdocr.cli import main
-from kdocr.core import KdocrError
-from kdocr.icpr import Track, check, index, make_split, read_image, shared_split
+from kdocr.core import KdocrError, digest
+from kdocr.icpr import Track, check, index, make_split, read_image, read_sealed, shared_split, write_sealed
 
 A, B = 'train/Scenario-A', 'train/Scenario-B'
 
@@ -171,6 +173,131 @@ def test_report_of_sound_data(competition, capfd):
     write_track(competition/f'{B}/Brazilian/track_10020', DAY[0], '.jpg')
     assert f'1 of them on more than one: {DAY[0]} (2)' in str(check(competition))
     assert len(check(competition, Charset('0123456789')).faults) == 16 # every plate has letters
+
+
+# ---------------------------------------------------------------- what is kept of it
+def opened(monkeypatch):
+    "The annotations that are opened from here on."
+    seen, read = [], icpr.annotation
+    monkeypatch.setattr(icpr, 'annotation', lambda path: (seen.append(path), read(path))[1])
+    return seen
+
+
+def test_a_kept_index_is_the_same_and_opens_no_annotation(competition, tmp_path, monkeypatch):
+    plain, first = index(competition), index(competition, tmp_path/'cache')
+    seen = opened(monkeypatch)
+    assert index(competition, tmp_path/'cache') == first == plain and plain.train[0].corners and not seen
+    assert index(competition, str(tmp_path/'cache')).train[0].stamps == plain.train[0].stamps and not seen
+
+
+def test_it_does_not_matter_where_the_folder_is_mounted(competition, tmp_path, monkeypatch):
+    first, here = index(competition, tmp_path/'cache'), os.getcwd()
+    shutil.move(competition, tmp_path/'elsewhere')
+    seen = opened(monkeypatch)
+    moved = index(tmp_path/'elsewhere', tmp_path/'cache')
+    monkeypatch.chdir(tmp_path)
+    near = index('elsewhere', 'cache')
+    assert not seen and moved.root == tmp_path/'elsewhere' and moved.train[0].lr[0].is_file() and near.test[0].lr[0].is_file()
+    assert [t.corners for t in moved.train] == [t.corners for t in near.train] == [t.corners for t in first.train]
+    assert moved.fingerprint == near.fingerprint == first.fingerprint
+
+
+def test_a_folder_that_changes_its_part_with_its_name(tmp_path):
+    for name in ('train', 'test'): # flat: only the top's name tells the part
+        (at := tmp_path/name).mkdir() if name == 'train' else shutil.move(tmp_path/'train', at := tmp_path/name)
+        if name == 'train': write_track(at/'track_1', 'NEW1A23', '.png')
+        assert index(at, tmp_path/'cache') == index(at)
+
+
+CHANGES = {
+    'a text corrected, as long as before': lambda r: annotate(r/DARK, {'plate_text': 'CDE1284', 'plate_layout': 'Brazilian'}),
+    'a layout corrected': lambda r: annotate(r/DARK, {'plate_text': 'CDE1234', 'plate_layout': 'Mercosur'}),
+    'a text in place, the time put back by a second': lambda r: (annotate(r/DARK, {'plate_text': 'CDE1284'}), os.utime(r/DARK/'annotations.json', ns=(0, time.time_ns() - 10**9))),
+    'an annotation gone': lambda r: (r/DARK/'annotations.json').unlink(),
+    'an annotation broken': lambda r: annotate(r/DARK, '{'),
+    'a frame replaced': lambda r: shutil.copy(r/DARK/'hr-001.jpg', r/DARK/'hr-002.jpg'),
+    'a frame touched': lambda r: os.utime(r/DARK/'lr-001.jpg'),
+    'a frame emptied': lambda r: (r/DARK/'lr-001.jpg').write_bytes(b''),
+    'a frame gone': lambda r: (r/DARK/'lr-001.jpg').unlink(),
+    'a frame more': lambda r: shutil.copy(r/DARK/'lr-001.jpg', r/DARK/'lr-001.png'),
+    'a track gone': lambda r: shutil.rmtree(r/DARK),
+    'a track more': lambda r: write_track(r/B/'Mercosur/track_00777', 'NEW1A23', '.jpg'),
+    'a track renamed': lambda r: (r/DARK).rename(r/B/'Brazilian/track_00778'),
+    'two annotations changed places': lambda r: [(r/DARK/'annotations.json').rename(r/'a'), (r/DAYLIGHT/'annotations.json').rename(r/DARK/'annotations.json'), (r/'a').rename(r/DAYLIGHT/'annotations.json')],
+    'a label corrected': lambda r: (r/'test_labels.csv').write_text((r/'test_labels.csv').read_text().replace('STU5V67', 'STU5V68')),
+    'the labels gone': lambda r: (r/'test_labels.csv').unlink()}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_whatever_changed_is_noticed(competition, tmp_path, change):
+    before = index(competition, tmp_path/'cache')
+    change(competition)
+    after = index(competition)
+    assert index(competition, tmp_path/'cache') == after != before
+    assert index(competition, tmp_path/'cache') == after, 'and kept'
+
+
+def reseal(file, **head): write_sealed(file, read_sealed(file), **{**json.loads(file.read_text().split('\n')[0] + '0}')['head'], **head})
+
+
+@pytest.mark.parametrize('harm', [
+    lambda f: f.write_bytes(b''), lambda f: f.write_bytes(f.read_bytes()[:-5]), lambda f: f.write_bytes(f.read_bytes()[:200]), lambda f: f.write_text('{}'),
+    lambda f: f.write_text('[1]\n[2]\n}\n'), lambda f: f.write_bytes(b'\xff\0\n\n'), lambda f: f.write_text(f.read_text().replace('AVL5215', 'AVL5216')),
+    lambda f: f.write_text(f.read_text().replace('"format": 1', '"format": 2')), lambda f: reseal(f, format=0), lambda f: reseal(f, walk='0' * 16),
+    lambda f: (f.unlink(), f.symlink_to('nowhere')), lambda f: f.unlink()])
+def test_a_kept_index_that_is_not_ours_is_read_anew_and_written_again(competition, tmp_path, harm, monkeypatch):
+    plain, file = index(competition, tmp_path/'cache'), tmp_path/'cache/index.json'
+    good = file.read_bytes()
+    harm(file)
+    seen = opened(monkeypatch)
+    assert index(competition, tmp_path/'cache') == plain and len(seen) == 12
+    assert file.read_bytes() == good and [f.name for f in file.parent.iterdir()] == ['index.json']
+
+
+def test_a_fault_is_never_kept(competition, tmp_path, monkeypatch):
+    annotate(competition/DARK, '{')
+    index(competition, tmp_path/'cache')
+    seen = opened(monkeypatch)
+    assert [f.path for f in index(competition, tmp_path/'cache').faults] == seen == [competition/DARK/'annotations.json']
+
+
+@pytest.mark.parametrize('why', ['forbidden', 'full', 'a file is in its place'])
+def test_a_cache_that_cannot_be_written(competition, tmp_path, monkeypatch, why):
+    cache, plain = tmp_path/'file'/'cache', index(competition)
+    if why == 'a file is in its place': (tmp_path/'file').touch()
+    else:
+        def refuse(*a, **kw): raise OSError(13 if why == 'forbidden' else 28, why)
+        monkeypatch.setattr(icpr, 'write_sealed', refuse)
+    assert index(competition, cache) == plain and not cache.exists()
+
+
+def test_files_that_changed_just_now_rest_before_they_are_read(competition, tmp_path, monkeypatch):
+    naps = []
+    monkeypatch.setattr(icpr.time, 'sleep', naps.append)
+    for old in (True, False):
+        for f in competition.rglob('*.*'): os.utime(f, ns=(0, time.time_ns() - 10**9 * old))
+        index(competition, tmp_path/'cache')
+    os.utime(f, ns=(0, time.time_ns() + 10**12)) # a clock that is wrong
+    index(competition, tmp_path/'cache')
+    index(competition, tmp_path/'cache')
+    assert len(naps) == 3 and naps[0] == 0 < naps[1] <= .02 == naps[2]
+
+
+def by_asking(found): return digest([[t.key, t.text, *([p.name, p.stat().st_size] for p in (*t.lr, *t.hr))] for t in (*found.train, *found.test)])
+
+
+def test_the_fingerprint_of_the_data(competition, tmp_path):
+    found = index(competition)
+    assert found.fingerprint == by_asking(found) == index(competition, tmp_path).fingerprint
+    for f in competition.rglob('*.*'): os.utime(f)
+    assert index(competition).fingerprint == found.fingerprint, 'times are no part of it'
+    (competition/'test_labels.csv').unlink()
+    annotate(competition/DARK, {'plate_text': "it's \u00fc\ud800\n"})
+    odd = index(competition)
+    assert odd.fingerprint == by_asking(odd) != found.fingerprint
+    (competition/DARK/'lr-001.jpg').unlink()
+    fewer = index(competition)
+    assert len(fewer.train) == 11 and fewer.fingerprint == by_asking(fewer) != odd.fingerprint
 
 
 # ---------------------------------------------------------------- the split

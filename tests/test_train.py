@@ -193,3 +193,12 @@ def test_killed_and_run_again_is_uninterrupted(undisturbed, tmp_path, sig, where
     if code > 0: assert f'stopped by {sig}; {tmp_path}/killed is saved at step 8 of 10; the same command goes on from there' in killed.stderr
     assert 0 < load_checkpoint(tmp_path/'killed'/'checkpoints'/'last.pth')['step'] < 10
     assert same_end(train_kd(small(tmp_path, name='killed')), undisturbed)
+
+
+def test_a_compiled_network_computes_the_same_under_the_same_names(tmp_path, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f: real(f, backend='eager')) # the compiler's capture, without its code generation
+    plain, compiled = (trainer(tmp_path, c, compile=c, steps=2) for c in ('off', 'on'))
+    names = list(plain.model.state_dict())
+    a, b = ([{k: float(v) for k, v in r.items()} for r in t.steps()] for t in (plain, compiled))
+    assert a == b and list(compiled.model.state_dict()) == names

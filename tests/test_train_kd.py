@@ -94,10 +94,10 @@ def test_without_clean_hr_the_teacher_sees_the_students_view(student_cfg):
     t = new_trainer(cfg, RunFolder(cfg.out/'own'), open_data(cfg), load_teacher(cfg, open_data(cfg).split.hash))
     batch, seen = t.batch(0), []
     assert batch.clean_hr is None
-    look = t.look
-    t.look = lambda model, images: seen.append((model, images)) or look(model, images)
+    ask = t.frozen.forward_taps
+    t.frozen.forward_taps = lambda images: seen.append(images) or ask(images)
     t.losses(batch)
-    assert seen[1][0] is t.teacher and seen[1][1] is batch.images
+    assert len(seen) == 1 and seen[0] is batch.images
 
 
 def test_a_finished_run_is_reported_not_trained(teacher_run, capsys, monkeypatch):
@@ -187,3 +187,24 @@ def test_the_seeds_two_lines(tmp_path):
         assert done.returncode == 0, done.stderr
     assert 'results/from_teacher: val (LR)' in done.stdout
     assert {p.name for p in (tmp_path/'results').iterdir()} >= {'restran_hr_teacher', 'restran_hr_teacher_best.pth', 'restran_lr_student', 'from_teacher'}
+
+
+@pytest.mark.parametrize('how', [dict(augment=0.), dict(augment=.5, geometry_views=2), dict(augment=.5, geometry_views=2, frames=5)])
+def test_cached_and_live_training_have_the_same_losses_to_the_stored_precision(student_cfg, how):
+    def losses(**values):
+        cfg = student_cfg.model_copy(update=dict(how, **values))
+        data = open_data(cfg)
+        teacher = new_model(cfg, cfg.model_type).eval() if cfg.frames > 1 else load_teacher(cfg, data.split.hash)
+        t = TrainerDistill(cfg, RunFolder(cfg.out/'x'), data, new_student(cfg, data.split.hash), teacher)
+        assert (t.cache is None) == (cfg.teacher_cache == 'off') == t.needs_clean
+        return [{k: float(v) for k, v in r.items()} for r in t.steps()]
+    live, cached = losses(teacher_cache='off'), losses()
+    for a, b in zip(live[:1], cached[:1]): assert b == pytest.approx(a, rel=2**-10)
+    for a, b in zip(live, cached): assert b['loss'] == pytest.approx(a['loss'], rel=.01), 'rounding grows with the steps'
+    assert cached == losses(), 'and from the files, the same again'
+
+
+def test_a_cache_that_cannot_be_exact_is_refused_with_the_reason(student_cfg):
+    for how, why in ((dict(), 'geometry_views'), (dict(augment=0., recombine=.5), 'recombine'), (dict(augment=0., clean_hr_guided=False), "student's own view")):
+        cfg = student_cfg.model_copy(update=dict(teacher_cache='on', **how))
+        with pytest.raises(KdocrError, match=f'teacher_cache: on, but .*{why}'): train_kd(cfg)
