@@ -30,43 +30,48 @@ def draw_geometry(n:int,          # tracks
 def lookup(theta:Tensor, # (n,3,3), as `draw_geometry` makes it
            h:int, w:int) -> tuple[Tensor, Tensor]: # columns and rows of the input in pixels, (n,h,w) each, inside the picture
     "Where each output pixel looks; outside the border it sees the border."
-    x, y, t = _centres(w, theta.device), _centres(h, theta.device)[:, None], theta[..., None, None]
-    def row(r): return torch.addcmul(t[:, r, 1] * y + t[:, r, 2], t[:, r, 0], x) # (n,h,w)
-    far = row(2).reciprocal_()
-    def pixels(r, size): return row(r).mul_(far).add_(1).mul_(size / 2).sub_(.5).clamp_(0, size - 1)
-    return pixels(0, w), pixels(1, h)
+    x, y, z = _centres(w, theta.device), _centres(h, theta.device)[:, None], theta[:, 2]
+    def plane(row): return torch.addcmul(row[:, 1, None, None] * y + row[:, 2, None, None], row[:, 0, None, None], x) # (n,h,w)
+    far = plane(z)
+    def pixels(row, size): return plane(row * (size / 2) + z * (size / 2 - .5)).div_(far).clamp_(0, size - 1) # ((row/z + 1) * size - 1)/2
+    return pixels(theta[:, 0], w), pixels(theta[:, 1], h)
 
 def _centres(size, device): return (torch.arange(size, device=device) * 2 + 1) / size - 1
 
 # %% ../nbs/15_augment.ipynb #new1117
-def warp(images:Tensor, # (n,f,h,w,3) uint8
-         theta:Tensor,  # (n,3,3), as `draw_geometry` makes it
-        ) -> Tensor:    # the same shape, uint8
-    "Each track seen through its map: bilinear, rounded to whole grey levels, the border's colour outside."
-    n, f, h, w, c = images.shape
-    x, y = lookup(theta.to(images.device), h, w)
-    return (_remap if images.device.type == 'cpu' else _sample)(images, x, y)
+def warp(theta:Tensor,   # (n,3,3), as `draw_geometry` makes it
+         *pictures:Tensor, # (n,f,h,w,3) uint8 each
+        ) -> list[Tensor]: # the same shapes, uint8
+    "Each track seen through its one map in all its pictures: bilinear, rounded to whole grey levels, the border's colour outside."
+    n, _, h, w, _ = pictures[0].shape
+    x, y = lookup(theta.to(pictures[0].device), h, w)
+    return (_remap if x.device.type == 'cpu' else _sample)(x, y, pictures)
 
 _ROWS = 32_767 # of a picture that OpenCV's short tables can address
 
-def _remap(images, x, y):
-    n, f, h, w, c = images.shape
-    out, some = torch.empty_like(images), _ROWS // h
+def _remap(x, y, pictures):
+    n, h, w = x.shape
+    out, some = [torch.empty_like(p) for p in pictures], _ROWS // h
     for a in range(0, n, some):
         k = min(some, n - a)
         table = cv2.convertMaps(*(v[a:a + k].reshape(-1, w).numpy() for v in (x, y)), cv2.CV_16SC2)
         table[0].reshape(k, h, w, 2)[..., 1] += h * np.arange(k, dtype=np.int16)[:, None, None] # rows of the tall picture; whole numbers, so a track's place in the batch changes nothing
-        for j in range(f):
-            tall = images[a:a + k, j].reshape(-1, w, c).numpy()
-            out[a:a + k, j] = torch.from_numpy(cv2.remap(tall, *table, cv2.INTER_LINEAR)).view(k, h, w, c)
+        for p, o in zip(pictures, out):
+            for j in range(p.shape[1]): _remap_one(p[a:a + k, j], o[a:a + k, j], table)
     return out
 
-def _sample(images, x, y):
-    n, f, h, w, c = images.shape
+def _remap_one(image, out, table): # (k,h,w,3)
+    tall, there = image.reshape(-1, *image.shape[2:]).numpy(), out.view(-1, *out.shape[2:]).numpy() if out.is_contiguous() else None
+    seen = cv2.remap(tall, *table, cv2.INTER_LINEAR, dst=there)
+    if there is None: out.copy_(torch.from_numpy(seen).view(out.shape))
+
+def _sample(x, y, pictures):
+    n, h, w = x.shape
     grid = torch.stack(((2 * x + 1) / w - 1, (2 * y + 1) / h - 1), -1)            # (n,h,w,2)
-    planes = images.permute(0, 1, 4, 2, 3).reshape(n, f * c, h, w).float()
-    seen = F.grid_sample(planes, grid, padding_mode='border', align_corners=False)
-    return seen.round_().to(torch.uint8).view(n, f, c, h, w).permute(0, 1, 3, 4, 2).contiguous()
+    planes = torch.cat([p.permute(0, 1, 4, 2, 3).flatten(1, 2) for p in pictures], 1).float() # (n,3f,h,w)
+    seen = F.grid_sample(planes, grid, padding_mode='border', align_corners=False).round_().to(torch.uint8)
+    parts = seen.split([3 * p.shape[1] for p in pictures], 1)
+    return [s.unflatten(1, (-1, 3)).permute(0, 1, 3, 4, 2).contiguous() for s in parts]
 
 # %% ../nbs/15_augment.ipynb #000d
 def draw_light(n:int, strength:float, generator:torch.Generator) -> tuple[Tensor, Tensor]: # (n,3,3), (n,3)

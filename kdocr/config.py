@@ -59,7 +59,7 @@ class DataSettings(RunSettings):
     val_share: float = Field(0.1, gt=0, lt=1)
     "Share of the plate texts that validate; no text is on both sides."
     packs: OptionalPath = None
-    "Folder of the decoded pictures, as `kdocr pack` fills it; none: .kdocr in the data folder, or in OUT where that is read-only."
+    "Folder of the decoded pictures, as `kdocr pack` fills it, one folder a data set; none: .kdocr in the data folder, or in OUT where that is read-only."
     skip_faulty: bool = False
     "Leave damaged tracks out instead of refusing the folder."
     keep: Literal['auto', 'device', 'mapped'] = 'auto'

@@ -103,7 +103,7 @@ def through(theta, points, h=32, w=128):
 def test_warp_puts_pixels_where_theta_says():
     theta = draw_geometry(20, 1., torch.Generator().manual_seed(0))
     spots = torch.tensor(np.rint(255 * blobs())).to(torch.uint8)[..., None].expand(20, 1, 32, 128, 3)
-    seen = warp(spots, theta)[:, 0, :, :, 0].numpy() / 255
+    seen = warp(theta, spots)[0][:, 0, :, :, 0].numpy() / 255
     for t, image in zip(theta, seen):
         expected = through(t, POINTS)
         inside = (expected > 5).all(1) & (expected[:, 0] < 122) & (expected[:, 1] < 26)
