@@ -170,7 +170,7 @@ class FilePairs(Dataset):
         f, augment, g = self.cfg.frames, self.cfg.augment if self.train else 0, torch.default_generator # a worker has its own seed
         at = torch.randperm(FRAMES, generator=g)[:f].tolist() if self.train else range(f)
         x = torch.from_numpy(np.stack([fit(read_image(paths[k]), self.cfg.height, self.cfg.width) for paths in self.paths[i] for k in at]))
-        if augment: x = warp(x[None], draw_geometry(1, augment, g))[0]            # LR and HR as frames: one map for both
+        if augment: x = warp(draw_geometry(1, augment, g), x[None])[0][0]         # LR and HR as frames: one map for both
         x = list((x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1).split(f)) # as torchvision's ToTensor: planes
         if augment: x[0] = apply_light(x[0][None], *draw_light(1, augment, g))[0]
         return dict(zip(('images', 'clean_hr'), x), texts=self.texts[i])

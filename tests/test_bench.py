@@ -84,8 +84,8 @@ def test_the_plain_loader_draws_frames_and_moves_the_pair_together(place):
     at = torch.randperm(5, generator=torch.default_generator)[:1].tolist()
     theta = draw_geometry(1, 1., torch.default_generator)
     lr, hr = (torch.from_numpy(fit(read_image(p[at[0]]), 32, 128))[None, None] for p in (track[0].lr, track[0].hr))
-    assert torch.equal(seen['clean_hr'], to_input(warp(hr, theta))[0]) and seen['clean_hr'].is_contiguous()
-    assert torch.equal(seen['images'], apply_light(to_input(warp(lr, theta)), *draw_light(1, 1., torch.default_generator))[0])
+    assert torch.equal(seen['clean_hr'], to_input(warp(theta, hr)[0])[0]) and seen['clean_hr'].is_contiguous()
+    assert torch.equal(seen['images'], apply_light(to_input(warp(theta, lr)[0]), *draw_light(1, 1., torch.default_generator))[0])
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_pass_has_as_many_batches_as_asked(place, workers):
