@@ -1,5 +1,5 @@
 """papermill runs: parameters checked before, the executed notebook kept, a kernel that can be interrupted; and the shipped notebooks."""
-import json, signal, subprocess, sys, time
+import signal, subprocess, sys, time
 from pathlib import Path
 import nbformat
 import pytest
@@ -91,9 +91,3 @@ def test_what_the_config_can_say_the_run_notebook_can():
 @pytest.mark.parametrize('name', ['loss_curves', 'feature_alignment'])
 def test_analysis_without_runs_says_how_to_make_some(name, tmp_path):
     assert 'kdocr demo' in ' '.join(outputs(run_notebook(name, tmp_path, {'out': tmp_path})))
-
-@pytest.mark.slow
-def test_benchmark(tmp_path):
-    run_notebook('benchmark', tmp_path, dict(batch_size=4, rounds=2, out=tmp_path))
-    result = json.loads((tmp_path/'benchmark.json').read_text())
-    assert result['ratio'] > 0 and result['rounds'] == 2 and result['platform']
