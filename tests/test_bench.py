@@ -2,8 +2,9 @@
 import json, math
 import pytest
 import torch
+import kdocr.bench
 from kdocr.augment import apply_light, draw_geometry, draw_light, warp
-from kdocr.bench import (COMPARED, FilePairs, FileLoader, QUICK, STYLES, TRAINED, Sizes, Trial, accuracy, accuracy_table, apart, arms, bench, files_of, growth, in_turns, inputs, memory,
+from kdocr.bench import (COMPARED, MEASURES, FilePairs, FileLoader, QUICK, STYLES, TRAINED, Sizes, Trial, accuracy, accuracy_table, apart, arms, bench, files_of, in_turns, inputs, memory,
                          multiply, plain, plain_ctc, plan, plot_bench, ratios, record, result, stand_in, step_flops, matmul_rate, summary, table_text, trainer, training, turn)
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
@@ -133,14 +134,6 @@ def test_multiply_says_what_is_wrong(place, tmp_path):
     for i in range(1, 6): (tmp_path/f'test/track_00001/lr-00{i}.png').write_bytes(b'x')
     with pytest.raises(KdocrError, match='no training tracks'): multiply(tmp_path/'test', tmp_path/'none', 2)
 
-@pytest.mark.slow
-def test_growth_has_every_size_and_leaves_nothing(place):
-    got = growth(place, [20, 40], 1, batch_size=8, device='cpu')
-    assert all(r.keys() == FIELDS and r['value'] > 0 for r in got)
-    assert {(r['measure'], r['n']) for r in got} == {(m, n) for m in ('first opening', 'opening', 'epoch of batches', 'epoch of training', 'anonymous memory') for n in (20, 40)} | {('anonymous memory', 0)}
-    assert not list(place.glob('.growth*'))
-
-
 def test_rows_of_every_kind(place):
     got = inputs(place, 2, 2, [0], 8, 'cpu') + training(place, 2, 1, TRAINED, ['live teacher'], device='cpu', batch_size=8)
     assert all(r.keys() == FIELDS and math.isfinite(r['value']) and r['value'] > 0 for r in got)
@@ -178,8 +171,18 @@ def test_the_difference_of_accuracies_is_paired():
     assert found['exact'] == [(.5, .52), (.6, .59)] and found['differences'] == pytest.approx([.02, -.01])
     assert found['mean'] == pytest.approx(.005) and found['lo'] <= 0 <= found['hi'] and found['plates'] == 100
 
+@pytest.fixture
+def here(monkeypatch):
+    "Measures that run in this process: twenty starts of another one are slow, and tested by themselves."
+    def near(measure, threads, **given):
+        torch.set_num_threads(threads)
+        try: return json.loads(json.dumps(MEASURES[measure](**given)))
+        finally: torch.set_num_threads(1)
+    monkeypatch.setattr(kdocr.bench, 'apart', near)
+
+
 @pytest.mark.slow
-def test_the_smallest_bench(tmp_path, capsys):
+def test_the_smallest_bench(tmp_path, capsys, here):
     found = json.loads(bench(tmp_path, device='cpu', sizes=TINY).read_text())
     assert all(r.keys() == FIELDS and r['value'] > 0 for r in found['records'])
     assert {'cpu', 'cores', 'load', 'load_after', 'torch', 'device'} <= found['machine'].keys() and found['sizes']['tracks'] == 30
@@ -192,13 +195,13 @@ def test_the_smallest_bench(tmp_path, capsys):
     assert (tmp_path/'nb/figures/bench.png').exists()
 
 @pytest.mark.slow
-def test_the_smallest_comparison_of_accuracies(tmp_path, capsys):
+def test_the_smallest_comparison_of_accuracies(tmp_path, capsys, here):
     small = Trial(60, 12, 3, 2, 2)
-    first = accuracy(tmp_path, small, 2, 'cpu').read_text()
+    first = accuracy(tmp_path, small, 1, 'cpu').read_text()
     found = json.loads(first)
     assert [r['style'] for r in found['differences']] == list(STYLES[1:]) and all(len(r['exact']) == 2 and r['plates'] == 12 for r in found['differences'])
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'accuracy').rglob('*.csv')}
-    assert accuracy(tmp_path, small, 2, 'cpu').exists() and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+    assert accuracy(tmp_path, small, 1, 'cpu').exists() and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
     assert 'mean difference' in capsys.readouterr().out
 
 @pytest.mark.slow
