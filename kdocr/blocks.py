@@ -18,16 +18,16 @@ class STN(nn.Module):
     def __init__(self):
         super().__init__()
         self.locate = nn.Sequential(
-            nn.Conv2d(3, 32, 5, stride=2, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d((4, 8)),
-            nn.Flatten(), nn.Linear(2048, 128), nn.ReLU(), nn.Linear(128, 6))
+            nn.Conv2d(3, 32, 5, stride=2, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d((4, 8)),
+            nn.Flatten(), nn.Linear(2048, 128), nn.ReLU(inplace=True), nn.Linear(128, 6))
         nn.init.zeros_(self.locate[-1].weight)
         with torch.no_grad(): self.locate[-1].bias.copy_(torch.tensor([1., 0, 0, 0, 1, 0]))
 
     def forward(self, x:Tensor) -> Tensor: # (n,3,h,w) -> the same
-        theta = self.locate(x).view(-1, 2, 3)
+        theta = self.locate(x).view(-1, 2, 3).float()             # a place in 8 bits is off by a quarter of a pixel
         grid = F.affine_grid(theta, x.shape, align_corners=False)
-        return F.grid_sample(x, grid, padding_mode='border', align_corners=False)
+        return F.grid_sample(x.float(), grid, padding_mode='border', align_corners=False).to(x.dtype)
 
 # %% ../nbs/21_blocks.ipynb #000b
 def conv_bn(c_in:int, c_out:int, kernel:int=3, stride=1) -> nn.Sequential:
@@ -39,11 +39,11 @@ class BasicBlock(nn.Module):
     def __init__(self, c_in:int, c_out:int,
                  stride=1): # an int, or (rows, columns)
         super().__init__()
-        self.f = nn.Sequential(conv_bn(c_in, c_out, 3, stride), nn.ReLU(), conv_bn(c_out, c_out))
+        self.f = nn.Sequential(conv_bn(c_in, c_out, 3, stride), nn.ReLU(inplace=True), conv_bn(c_out, c_out))
         same = c_in == c_out and stride in (1, (1, 1))
         self.around = nn.Identity() if same else conv_bn(c_in, c_out, 1, stride)
 
-    def forward(self, x): return F.relu(self.around(x) + self.f(x))
+    def forward(self, x): return F.relu(self.around(x) + self.f(x), inplace=True)
 
 # %% ../nbs/21_blocks.ipynb #000e
 class ResNet(nn.Module):
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
                  stem:int=7,                # kernel of the first convolution, which halves both sides
                  pool:bool=True):           # halve both sides once more, by max-pooling
         super().__init__()
-        self.stem = nn.Sequential(conv_bn(3, widths[0], stem, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1) if pool else nn.Identity())
+        self.stem = nn.Sequential(conv_bn(3, widths[0], stem, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1) if pool else nn.Identity())
         ins = widths[:1] + widths[:-1]
         self.stages = nn.Sequential(*(
             nn.Sequential(BasicBlock(i, o, s), *(BasicBlock(o, o) for _ in range(depth - 1)))
@@ -69,7 +69,7 @@ class ChannelAttention(nn.Module):
     "Every channel times a number in (0, 1) that depends on the means of all."
     def __init__(self, c:int, reduction:int=16):
         super().__init__()
-        self.weigh = nn.Sequential(nn.Linear(c, c//reduction), nn.ReLU(), nn.Linear(c//reduction, c), nn.Sigmoid())
+        self.weigh = nn.Sequential(nn.Linear(c, c//reduction), nn.ReLU(inplace=True), nn.Linear(c//reduction, c), nn.Sigmoid())
 
     def forward(self, x): return x * self.weigh(x.mean((2, 3)))[..., None, None]
 
@@ -82,16 +82,16 @@ class RefinerBlock(nn.Module):
     "`relu(x + attention(f(x)))`"
     def __init__(self, c):
         super().__init__()
-        self.f = nn.Sequential(conv_bn(c, c), nn.ReLU(), conv_bn(c, c), ChannelAttention(c))
+        self.f = nn.Sequential(conv_bn(c, c), nn.ReLU(inplace=True), conv_bn(c, c), ChannelAttention(c))
 
-    def forward(self, x): return F.relu(x + self.f(x))
+    def forward(self, x): return F.relu(x + self.f(x), inplace=True)
 
 # %% ../nbs/21_blocks.ipynb #0015
 class AttentionFusion(nn.Module):
     "A weighted mean over frames, with weights of their own in every column."
     def __init__(self, d:int, hidden:int=64):
         super().__init__()
-        self.score = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.score = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 1))
 
     def weights(self, x): return self.score(x).softmax(1) # (b,f,t,d) -> (b,f,t,1), sums to 1 over f
 
