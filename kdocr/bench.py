@@ -6,7 +6,7 @@
 __all__ = ['COMPARED', 'CACHED', 'FULL', 'QUICK', 'TRAINED', 'MEASURES', 'BUSY', 'NO_GPU', 'QUICK_NOTE', 'OURS', 'PLAIN',
            'REFERENCE', 'GROWS', 'PANELS', 'FAST', 'STYLES', 'LEARNING', 'record', 'in_turns', 'quartiles', 'summary',
            'ratios', 'memory', 'cores', 'machine', 'apart', 'arms', 'stand_in', 'trainer', 'FilePairs', 'FileLoader',
-           'files_of', 'plain_ctc', 'Plain', 'plain', 'clock', 'turn', 'where', 'packing', 'inputs', 'training',
+           'files_of', 'plain_ctc', 'Plain', 'plain', 'clock', 'turn', 'where', 'kept', 'packing', 'inputs', 'training',
            'reading', 'multiply', 'epoch', 'growth', 'peak', 'matmul_rate', 'step_flops', 'gpu_share', 'Sizes', 'plan',
            'result', 'number', 'table_text', 'plot_rates', 'plot_ratios', 'plot_growth', 'panels', 'plot_bench',
            'measured', 'bench', 'Trial', 'trial_config', 'learning', 'accuracy_table', 'accuracy_text', 'accuracy']
@@ -38,6 +38,7 @@ from .icpr import FRAMES, Track, index, read_image
 from .synth import synth
 from .pack import fit, pack
 from .data import Data, open_data
+from .fast import keep_memory
 from .losses import distill_losses, total_loss
 from .run import RunFolder, describe, environment, save_checkpoint
 from .train import Stepper, evaluate, lr_at, pick_device
@@ -258,6 +259,11 @@ def where(device:torch.device) -> str:
     if device.type != 'cpu': return device.type
     return f'{torch.get_num_threads()} thread{"s" * (torch.get_num_threads() > 1)}'
 
+def kept(keep:bool, f:Callable, *args) -> Callable:
+    "`f(*args)`, in a process that keeps its memory between steps, as `train_kd` has it, or does not."
+    def go(): keep_memory(keep); return f(*args)
+    return go
+
 # %% ../nbs/55_bench.ipynb #0024
 def packing(place:Path, rounds:int,
             workers:Sequence[int], # processes of each arm
@@ -305,8 +311,8 @@ def training(place:Path, rounds:int, steps:int,
         data = open_data(cfgs[name])
         stand_in(cfgs[name], data)
         ready[name] = t = trainer(cfgs[name], data)
-        turns[name] = partial(turn, t.steps(), steps, device)
-        if name in reference: turns[f'{name}, reference style'] = partial(turn, plain(cfgs[name], data, steps + 1, workers).steps(), steps, device)
+        turns[name] = kept(True, turn, t.steps(), steps, device)
+        if name in reference: turns[f'{name}, reference style'] = kept(False, turn, plain(cfgs[name], data, steps + 1, workers).steps(), steps, device)
     what = f'step of {model}, {where(device)}'
     rows = []
     for r, a, seconds in in_turns(turns, rounds):

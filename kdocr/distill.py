@@ -17,12 +17,12 @@ from .charset import Charset
 from .data import Data, NotFixed, PlateBatch, count_views, teacher_view
 from .taps import TapOut
 from .restran import make_model
-from .frozen import Frozen, has_bf16
+from .fast import Frozen, compile_taps, frozen, has_fast_bf16
 from .ctc import ctc_loss
 from .losses import Projections, distill_losses, total_loss
 from .tapcache import TapCache, tap_cache
 from .run import RunFolder, load_model, state_hash
-from .train import Trainer, autocast, compile_taps
+from .train import Trainer, autocast
 
 # %% ../nbs/42_distill.ipynb #0005
 def freeze(model:nn.Module) -> nn.Module:
@@ -65,10 +65,10 @@ def new_projections(cfg:Config, student:nn.Module, teacher:nn.Module) -> Project
 # %% ../nbs/42_distill.ipynb #new1424
 def pick_teacher_precision(name:str, device:torch.device) -> str:
     "fp32, bf16 or fp16; 'auto' is bf16 where the device multiplies in it, fp32 elsewhere."
-    return name if name != 'auto' else 'bf16' if has_bf16(device) else 'fp32'
+    return name if name != 'auto' else 'bf16' if has_fast_bf16(device) else 'fp32'
 
 def teacher_taps(cfg:Config, data:Data, teacher:nn.Module,
-                 frozen:Frozen,    # the same teacher, as it will be asked
+                 guest:Frozen,     # the same teacher, as it will be asked
                  device, precision:str) -> TapCache|None: # None where the teacher must look at every step
     "The teacher's taps of every view of the training tracks. Raises `KdocrError` where teacher_cache is 'on' and there is no end of views."
     if cfg.teacher_cache == 'off': return None
@@ -79,7 +79,7 @@ def teacher_taps(cfg:Config, data:Data, teacher:nn.Module,
     maps = dict(seed=cfg.seed, augment=cfg.augment, geometry_views=cfg.geometry_views) if data.train.maps is not None else {}
     key = dict(teacher=state_hash(teacher), precision=precision, device=torch.device(device).type, pack=Path(data.train.pack.folder).name,
                tracks=digest(data.train.keys), frames=cfg.frames, **maps)
-    def compute(rows, views): return frozen.forward_taps(teacher_view(data.train, rows, views, device))
+    def compute(rows, views): return guest.forward_taps(teacher_view(data.train, rows, views, device))
     return tap_cache(data.cache/'taps', key, len(data.train), views, compute, device=device)
 
 # %% ../nbs/42_distill.ipynb #000d
@@ -89,7 +89,7 @@ class TrainerDistill(Trainer):
         self.project = new_projections(cfg, model, freeze(teacher))
         super().__init__(cfg, run, data, model, dict(project=self.project), ranks)
         self.teacher, precision = teacher, pick_teacher_precision(cfg.teacher_precision, self.device)
-        self.frozen = compile_taps(Frozen(teacher, precision, self.device), cfg.compile, self.device)
+        self.frozen = compile_taps(frozen(teacher, precision).to(self.device), cfg.compile, self.device)
         self.cache = teacher_taps(cfg, data, teacher, self.frozen, self.device, precision) # None: a live teacher
         self.needs_clean = self.cache is None
 

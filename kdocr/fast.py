@@ -80,10 +80,12 @@ def compile_taps(model,                   # with `forward_taps`
     return model
 
 # %% ../nbs/23_fast.ipynb #0015
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4 # glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4 # glibc's malloc.h
 
-def keep_memory() -> bool:
+def keep_memory(keep:bool=True # False: hand it back, as glibc does by itself once it has seen large tensors
+               ) -> bool:
     "Let this process keep what it frees, for its next step. False where the C library has no such switch (it is glibc's)."
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1)) # nothing mapped by itself, nothing trimmed
+    kept, back = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}, {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+    return all([mallopt(k, v) for k, v in (kept if keep else back).items()])

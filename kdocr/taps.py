@@ -37,14 +37,15 @@ class HookTaps:
 
     def __call__(self, *args) -> TapOut:
         seen = {tap: [] for tap in self.modules}
-        hooks = [m.register_forward_hook(lambda m, a, y, tap=tap: seen[tap].append(y)) for tap, m in self.modules.items()]
+        hooks = [m.register_forward_hook(lambda m, a, y, tap=tap: seen[tap].append((y, getattr(y, '_version', 0)))) for tap, m in self.modules.items()]
         try: logits = self.model(*args)
         finally:
             for h in hooks: h.remove()
         for tap, ys in seen.items():
             if len(ys) != 1: raise KdocrError(f'tap {tap!r}: its module ran {len(ys)} times in one call; name one that runs once')
-        return TapOut(_tensor('the model', logits), {tap: _tensor(f'the module of tap {tap!r}', ys[0]) for tap, ys in seen.items()})
+        return TapOut(_tensor('the model', logits), {tap: _tensor(f'the module of tap {tap!r}', *ys[0]) for tap, ys in seen.items()})
 
-def _tensor(who, y):
+def _tensor(who, y, version=None):
     if not isinstance(y, Tensor): raise KdocrError(f'{who} returned {type(y).__name__}, not a tensor')
+    if version not in (None, y._version): raise KdocrError(f'{who}: what came after it changed its output in place; name the module that did')
     return y

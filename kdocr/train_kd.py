@@ -16,6 +16,7 @@ from torch import nn
 from .ranks import Ranks, first
 from .core import KdocrError, guard, nearest, read_json
 from .config import Config, load_config
+from .fast import keep_memory
 from .data import Data, open_data
 from .run import RunFolder, environment, state_hash
 from .train import Trainer, pick_device
@@ -34,7 +35,7 @@ def new_trainer(cfg:Config, run:RunFolder, data:Data,
 # %% ../nbs/43_train_kd.ipynb #0007
 def train_kd(cfg:Config) -> RunFolder: # the finished run
     "Train a teacher or a student; go on where an earlier call stopped."
-    torch.set_num_threads(cfg.threads); cv2.setNumThreads(cfg.threads)
+    torch.set_num_threads(cfg.threads); cv2.setNumThreads(cfg.threads); keep_memory()
     run = RunFolder(cfg.out/cfg.name)
     with Ranks.join(cfg.device) as ranks, ExitStack() as held:
         with first(ranks): data = open_data(cfg)                       # one rank draws and packs, the others find it done
