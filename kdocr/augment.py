@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from .core import moved
 
 # %% ../nbs/15_augment.ipynb #0005
 def draw_geometry(n:int,          # tracks
@@ -44,7 +45,7 @@ def warp(theta:Tensor,   # (n,3,3), as `draw_geometry` makes it
         ) -> list[Tensor]: # the same shapes, uint8
     "Each track seen through its one map in all its pictures: bilinear, rounded to whole grey levels, the border's colour outside."
     n, _, h, w, _ = pictures[0].shape
-    x, y = lookup(theta.to(pictures[0].device), h, w)
+    x, y = lookup(moved(theta, pictures[0].device), h, w)
     return (_remap if x.device.type == 'cpu' else _sample)(x, y, pictures)
 
 _ROWS = 32_767 # of a picture that OpenCV's short tables can address
@@ -89,7 +90,7 @@ def apply_light(images:Tensor, # (n,f,3,h,w) in [-1,1]
                 offset:Tensor, # (n,3)
                ) -> Tensor:
     "Each track in its light, clipped to [-1,1]: a sensor saturates too."
-    matrix, offset = matrix.to(images), offset.to(images)
+    matrix, offset = (moved(x, images.device).to(images.dtype) for x in (matrix, offset))
     n, f, c, h, w = images.shape
     lit = torch.baddbmm(offset.repeat_interleave(f, 0)[..., None], matrix.repeat_interleave(f, 0), images.reshape(n * f, c, h * w))
     return lit.clamp_(-1, 1).view(images.shape)

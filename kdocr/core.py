@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KdocrError', 'nearest', 'atomic_write', 'write_json', 'read_json', 'writable', 'locked', 'digest', 'seed_of',
-           'np_rng', 'progress', 'Stopped', 'stop_signals', 'guard']
+           'np_rng', 'moved', 'progress', 'Stopped', 'stop_signals', 'guard']
 
 # %% ../nbs/00_core.ipynb #0002
 import difflib, fcntl, hashlib, json, os, signal, sys, tempfile, threading
@@ -102,6 +102,14 @@ def seed_of(*parts) -> int:
 def np_rng(*parts) -> np.random.Generator:
     "A generator that depends on its names alone."
     return np.random.default_rng(seed_of(*parts))
+
+# %% ../nbs/00_core.ipynb #new2938
+def moved(x,      # a tensor
+          device  # a torch device, or its name
+         ):
+    "`x` on the device; to a GPU by way of pinned memory, so that nobody waits."
+    away = getattr(device, 'type', str(device).split(':')[0]) == 'cuda' and x.device.type == 'cpu'
+    return x.pin_memory().to(device, non_blocking=True) if away else x.to(device)
 
 # %% ../nbs/00_core.ipynb #001a
 def progress(it=None,          # what to iterate over, or None for a bar moved by hand

@@ -9,7 +9,7 @@ __all__ = ['ctc_loss', 'check_spellable', 'Reading', 'greedy']
 from typing import NamedTuple
 from torch import Tensor, tensor
 from torch.nn import functional as F
-from .core import KdocrError
+from .core import KdocrError, moved
 from .charset import Charset, min_steps
 
 # %% ../nbs/30_ctc.ipynb #0005
@@ -24,7 +24,7 @@ def ctc_loss(logits:Tensor,   # (b,t,c) raw
     check_spellable(texts, texts, charset, t)
     targets = [charset.encode(s) for s in texts]
     log_probs = logits.float().log_softmax(-1).transpose(0, 1) # (t,b,c)
-    return F.ctc_loss(log_probs, tensor(sum(targets, []), device=logits.device), tensor([t]*b), tensor([len(y) for y in targets]), blank=charset.blank)
+    return F.ctc_loss(log_probs, moved(tensor(sum(targets, [])), logits.device), tensor([t]*b), tensor([len(y) for y in targets]), blank=charset.blank)
 
 def check_spellable(keys:list[str],  # what to name in the message
                     texts:list[str], # one a key

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from .core import KdocrError, digest, seed_of, writable
+from .core import KdocrError, digest, moved, seed_of, writable
 from .config import Config
 from .augment import apply_light, draw_geometry, draw_light, warp
 from .icpr import Split, index, shared_split
@@ -95,8 +95,8 @@ class Pictures(Tracks):
              device='cpu') -> Tensor: # what is there, on the device
         "Gathered from the device's own memory where `settle` brought it there, from the mapped file otherwise."
         here = self.resident.get(name)
-        if here is None: return torch.from_numpy(getattr(self.pack, name)[at]).to(device, non_blocking=True)
-        return here[tuple(torch.from_numpy(np.ascontiguousarray(i)).to(here.device) for i in at)].to(device)
+        if here is None: return moved(torch.from_numpy(getattr(self.pack, name)[at]), device)
+        return here[tuple(moved(torch.from_numpy(np.ascontiguousarray(i)), here.device) for i in at)].to(device)
 
     @property
     def fixed(self) -> str|None:
@@ -164,8 +164,8 @@ def join_halves(b:PlateBatch,    # pictures (n,f,H,W,3) uint8
     who, right = take.nonzero()[:, 0], (torch.arange(w) >= cut[:, None])                      # (k,), (n,w)
     def join(x):
         if x is None or not len(who): return x
-        here, there = who.to(x.device), other[who].to(x.device)
-        mixed = torch.where(right[who].to(x.device)[:, None, None, :, None], _in_light_of(x[there], x[here]), x[here])
+        here, there = moved(who, x.device), moved(other[who], x.device)
+        mixed = torch.where(moved(right[who], x.device)[:, None, None, :, None], _in_light_of(x[there], x[here]), x[here])
         return x.index_copy(0, here, mixed)
     names = [(f'{b.keys[i]}+{b.keys[j]}', b.texts[i][:3] + b.texts[j][3:]) if t else (b.keys[i], b.texts[i]) for i, (j, t) in enumerate(zip(other, take))]
     keys, texts = map(list, zip(*names))
@@ -203,9 +203,9 @@ class ICPR_LPR_Distill_Dataset(Plates):
 
     def pictures(self, at, frames, g, device, clean, part):
         some, view = self._degraded(len(at), g)
-        at, frames, some, view = at[part, None], frames[part], some[part], view[part]  # (b,1), broadcasts with frames (b,f)
+        at, frames, some, view = at[part, None], frames[part], np.flatnonzero(some[part]), view[part] # (b,1) broadcasts with frames (b,f)
         images, heights = self.take('lr', at, frames, device=device), self.pack.heights['lr'][at, frames]
-        if some.any(): images[torch.from_numpy(some).to(images.device)] = self.take('degraded', at[some], view[some], frames[some], device=device)
+        if len(some): images[moved(torch.from_numpy(some), images.device)] = self.take('degraded', at[some], view[some], frames[some], device=device)
         return images, self.take('hr', at, frames, device=device) if self.clean_hr_guided and clean else None, heights
 
     def _degraded(self, n, g): # (n,) who gets a degraded copy, (n,1) which
