@@ -7,6 +7,7 @@ __all__ = ['OptionalPath', 'OptionalCount', 'Tap', 'CONFIGS', 'RunSettings', 'Da
            'Config', 'make_config', 'config_path', 'read_yaml', 'load_config', 'plain', 'save_config']
 
 # %% ../nbs/02_config.ipynb #0002
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +18,7 @@ from .charset import DEFAULT_CHARS, Charset
 
 # %% ../nbs/02_config.ipynb #0005
 def _none(v): return None if isinstance(v, str) and v.strip().lower() in ('none', 'null', '') else v
-def _words(v): return tuple(w.strip() for w in v.split(',') if w.strip()) if isinstance(v, str) else v
+def _words(v): return tuple(w.strip() for w in re.split(r',(?![^(]*\))', v) if w.strip()) if isinstance(v, str) else v # a comma in brackets divides nothing
 def _path(v): return Path(v).expanduser() if isinstance(v, (str, Path)) else v
 
 OptionalPath = Annotated[Path|None, BeforeValidator(_path), BeforeValidator(_none)]
@@ -35,6 +36,10 @@ class RunSettings(BaseModel):
     "Name of the run folder; a teacher is also published as OUT/NAME_best.pth."
     out: Annotated[Path, BeforeValidator(_path)] = Path('results')
     "Folder of the run folders."
+    arm: str = ''
+    "In an experiment: what this run is one seed of."
+    control: str = ''
+    "In an experiment: the arm that this one is compared with; it must differ in its distillation alone."
 
     seed: int = Field(0, ge=0)
     "Decides the weights, the batches and the augmentation; the split is the data's own."
@@ -58,6 +63,8 @@ class DataSettings(RunSettings):
     "Embedded plates: held-out tracks with unseen texts."
     val_share: float = Field(0.1, gt=0, lt=1)
     "Share of the plate texts that validate; no text is on both sides."
+    label_share: float = Field(1.0, gt=0, le=1)
+    "Share of the training plates whose texts may be used; the tracks of the others count as unlabelled. A smaller share is part of a larger one."
     packs: OptionalPath = None
     "Folder of the decoded pictures, as `kdocr pack` fills it, one folder a data set; none: .kdocr in the data folder, or in OUT where that is read-only."
     skip_faulty: bool = False
@@ -116,6 +123,8 @@ class StepSettings(ViewSettings):
     "AdamW's decoupled weight decay."
     clip_norm: float = Field(1.0, gt=0)
     "Largest norm of the gradient of all parameters."
+    ema: float = Field(0.0, ge=0, lt=1)
+    "Decay of a moving average of the weights, which is then what validates, is kept and is scored; 0: the weights themselves."
     eval_every: int = Field(200, gt=0)
     "Steps between validations."
     checkpoint_every: int = Field(100, gt=0)
@@ -142,6 +151,21 @@ class Config(StepSettings):
     "lambda in L_CTC + lambda * (sum of the taps' losses); 0: the control, no distillation."
     distill_taps: Annotated[tuple[Tap, ...], BeforeValidator(_words)] = ('backbone_out', 'transformer_out', 'logits')
     "Where the student is compared with its teacher."
+    distill_terms: Annotated[tuple[str, ...], BeforeValidator(_words)] = ('mse',)
+    "How it is compared: `[TAP:]NAME[(OPTION=VALUE,...)][*WEIGHT][@SCHEDULE]`, as in `logits:kl(temperature=2)*0.5@warmup(0.2)`; without a tap, at each of distill_taps."
+    balance: float = Field(0.0, ge=0, allow_inf_nan=False)
+    "Keep each term's gradient at the backbone at this multiple of CTC's, measured every probe_every steps; 0: the weights as they are."
+    probe_every: int = Field(50, ge=0)
+    "Steps between two measurements of each term's gradient at the backbone; 0: never."
+    mutual: float = Field(0.0, ge=0, allow_inf_nan=False)
+    "The teacher trains too, on its own CTC and this much KL towards the student; 0: it is frozen."
+
+    unlabelled: Literal['drop', 'distill', 'read'] = 'drop'
+    "Training tracks without a label. drop: leave them out; distill: compare with the teacher there, without CTC; read: what the teacher reads in their HR frames is their label, where it is sure."
+    read_confidence: float = Field(0.9, ge=0, le=1)
+    "How sure: the teacher's probability of the whole text."
+    seen_plates: Literal['refuse', 'accept'] = 'refuse'
+    "A teacher or a start that was trained on plates which validate or test here: refuse it, or accept scores that flatter."
 
     @model_validator(mode='after')
     def _guided(self):

@@ -96,7 +96,7 @@ def environment(device:torch.device, threads:int) -> dict:
                 threads=threads, git=_git(), command=' '.join(sys.argv))
 
 # %% ../nbs/40_run.ipynb #0018
-FREE = ('name', 'out', 'device', 'threads', 'log_every', 'checkpoint_every', 'keep', 'packs', 'data', 'teacher_checkpoint')
+FREE = ('name', 'out', 'arm', 'control', 'device', 'threads', 'log_every', 'checkpoint_every', 'keep', 'packs', 'data', 'teacher_checkpoint')
 
 def identity(cfg:Config) -> dict:
     "The settings that decide what a run computes."
