@@ -89,13 +89,14 @@ def dist(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
     s, t = _pair(s, t)
     w = _counted(s, t, steps)
     q, p = ((x/temperature).softmax(-1) for x in (s, t))
-    inter = _mean(1 - _pearson(q.mT, p.mT, q.new_ones(q.shape[-1], 1)), w)
-    intra = (1 - _pearson(q.flatten(0, 1), p.flatten(0, 1), w.flatten()[:, None])).mean()*(w.sum() > 1) # one step alone does not vary
-    return temperature**2*(beta*inter + gamma*intra)
+    inter, some = _apart(q.mT, p.mT, q.new_ones(q.shape[-1], 1)) # (b,t)
+    intra, classes = _apart(q.flatten(0, 1), p.flatten(0, 1), w.flatten()[:, None]) # (c,)
+    return temperature**2*(beta*_mean(inter, w*some) + gamma*_mean(intra, classes))
 
-def _pearson(x, y, w): # (...,n,k) along n, of the rows that w (n,1) counts -> (...,k); 0 where one side does not vary
+def _apart(x, y, w): # (...,n,k) -> (...,k): 1 - correlation along n, of the rows that w (n,1) counts; and 1 where y varies there, else 0
     x, y = ((z - (z*w).sum(-2, keepdim=True)/w.sum().clamp(min=1))*w for z in (x, y))
-    return (x*y).sum(-2)*((x.square().sum(-2) + 1e-16)*(y.square().sum(-2) + 1e-16)).rsqrt()
+    xx, yy = x.square().sum(-2), y.square().sum(-2)
+    return 1 - (x*y).sum(-2)*(xx + 1e-16).rsqrt()*(yy + 1e-16).rsqrt(), (yy > 1e-14).to(y.dtype)
 
 # %% ../nbs/36_logit_terms.ipynb #0014
 def dkd(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
