@@ -33,10 +33,10 @@ def _unit(x, tiny=1e-12): # along the last dimension
     return x*torch.where(n2 > tiny**2, n2, math.inf).rsqrt()
 
 def _positive(term, option, value):
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf): raise KdocrError(f'{term}: {option} {value!r} must be a number above 0')
+    if not (type(value) in (int, float) and 0 < value < math.inf): raise KdocrError(f'{term}: {option} {value!r} must be a number above 0')
 
 def _whole(term, option, value, low, high, why):
-    if not (isinstance(value, int) and low <= value <= high): raise KdocrError(f'{term}: {option} {value!r} must be a whole number of {low} to {high} ({why})')
+    if not (type(value) is int and low <= value <= high): raise KdocrError(f'{term}: {option} {value!r} must be a whole number of {low} to {high} ({why})')
 
 # %% ../nbs/35_feature_terms.ipynb #0009
 @_term
