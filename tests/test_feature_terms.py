@@ -160,6 +160,13 @@ def test_best_shift_teaches_only_the_chosen_shift():
     late, on_time = s.detach()[:, 1:], t[:, :-1]
     torch.testing.assert_close(best_shift(s, t), ln_mse(late, on_time))
 
+def test_best_shift_chooses_one_of_two_that_tie():
+    p, q = torch.tensor([1., -2, 1]), torch.tensor([1., -2, 2])
+    sign = torch.tensor([1., -1, 1, -1])[None, :, None]
+    s = (-sign*q).requires_grad_() # one early fits as well as one late
+    best_shift(s, sign*p).backward()
+    assert (s.grad.abs().sum(-1) > 0).sum() == 3 and (s.grad[0, 0].any() ^ s.grad[0, -1].any())
+
 def test_distance():
     s, t = randn(5, 3, 4, dtype=torch.float64), randn(5, 3, 4, seed=1, dtype=torch.float64)
     def by_hand(s, t):
@@ -169,6 +176,7 @@ def test_distance():
     assert distance(s, t).item() == pytest.approx(by_hand(s.flatten(1), t.flatten(1)))
     assert distance(s, t, over='steps').item() == pytest.approx(sum(map(by_hand, s, t))/5)
     for over in ('tracks', 'steps'): assert distance(3*t @ rotation(4) + 7, t, over=over) < 1e-15
+    assert distance(t.float() + 1000, t.float()) < 1e-7 # far from the origin fp32 keeps its digits
     twins = torch.cat([t, t]).float().requires_grad_() # pairs at no distance
     distance(twins, randn(10, 3, 4)).backward()
     assert twins.grad.isfinite().all() and distance(t[:1], s[:1]) == 0
