@@ -167,11 +167,22 @@ class Config(StepSettings):
     seen_plates: Literal['refuse', 'accept'] = 'refuse'
     "A teacher or a start that was trained on plates which validate or test here: refuse it, or accept scores that flatter."
 
+    @property
+    def distills(self) -> bool:
+        "Whether a student is compared with its teacher at all."
+        return self.mode == 'student' and bool(self.distill_weight and self.distill_terms and (self.distill_taps or any(':' in t for t in self.distill_terms)))
+
     @model_validator(mode='after')
     def _guided(self):
-        needs = 'distill_weight > 0' if self.distill_weight and self.distill_taps else "student_init 'teacher'" if self.student_init == 'teacher' else None
-        if self.mode == 'student' and needs and self.teacher_checkpoint is None:
-            raise ValueError(f'teacher_checkpoint: student mode with {needs} needs a teacher')
+        if self.mode == 'teacher': return self
+        needs = {'distill_weight > 0': self.distills, "student_init 'teacher'": self.student_init == 'teacher', 'unlabelled: read': self.unlabelled == 'read'}
+        for what, asked in needs.items():
+            if asked and self.teacher_checkpoint is None: raise ValueError(f'teacher_checkpoint: student mode with {what} needs a teacher')
+        if not self.distills:
+            for what, asked in {'unlabelled: distill': self.unlabelled == 'distill', 'mutual': self.mutual, 'balance': self.balance}.items():
+                if asked: raise ValueError(f'{what}: nothing is distilled (distill_weight, distill_terms)')
+        if self.balance and not self.probe_every: raise ValueError('balance: it needs the gradients that probe_every: 0 never measures')
+        if self.mutual and self.teacher_cache == 'on': raise ValueError('teacher_cache: on, but a teacher that trains (mutual) says something new at every step')
         return self
 
 # %% ../nbs/02_config.ipynb #0017

@@ -14,13 +14,17 @@ from .charset import Charset, min_steps
 
 # %% ../nbs/30_ctc.ipynb #0005
 def ctc_loss(logits:Tensor,   # (b,t,c) raw
-             texts:list[str], # b of them
+             texts:list[str|None], # b of them; None: a track without a label, which does not count
              charset:Charset, # whose class 0 is the blank
-            ) -> Tensor:      # scalar, fp32
-    "Mean over the batch of nats a character: each text's negative log-likelihood over its length (torch's 'mean')."
+            ) -> Tensor:      # scalar, fp32; 0 where no track has a label
+    "Mean over the labelled tracks of nats a character: each text's negative log-likelihood over its length (torch's 'mean')."
     b, t, c = logits.shape
     if c != len(charset): raise KdocrError(f'the model has {c} classes, the charset {len(charset)} (blank included)')
     if b != len(texts): raise KdocrError(f'{b} rows of logits for {len(texts)} texts')
+    if None in texts:
+        rows = [i for i, x in enumerate(texts) if x is not None]
+        if not rows: return logits.float().sum()*0
+        return ctc_loss(logits[moved(tensor(rows), logits.device)], [texts[i] for i in rows], charset)
     check_spellable(texts, texts, charset, t)
     targets = [charset.encode(s) for s in texts]
     log_probs = logits.float().log_softmax(-1).transpose(0, 1) # (t,b,c)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SETS', 'GAP', 'SPARE', 'SPLIT_SEED', 'EMBEDDED_SEED', 'PlateBatch', 'rows_of', 'Tracks', 'Pictures', 'to_input',
            'Plates', 'join_halves', 'ICPR_LPR_HR_Dataset', 'ICPR_LPR_Distill_Dataset', 'NotFixed', 'count_views',
-           'teacher_view', 'free_memory', 'settle', 'Data', 'open_data']
+           'teacher_view', 'free_memory', 'settle', 'Data', 'labelled', 'open_data']
 
 # %% ../nbs/16_data.ipynb #0002
-import os
+import math, os
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import combinations
@@ -83,6 +84,14 @@ class Tracks(Dataset):
 
     def __len__(self): return len(self.keys)
 
+    def subset(self, rows, # which tracks to keep, in order
+               texts:list[str|None]|None=None): # their texts, where others than before
+        "These tracks alone, in the same views."
+        rows, new = np.asarray(rows, dtype=int), copy(self)
+        new.keys, new.rows, new.texts = [self.keys[i] for i in rows], self.rows[rows], [self.texts[i] for i in rows] if texts is None else list(texts)
+        new.maps = None if self.maps is None else self.maps[torch.from_numpy(rows)]
+        return new
+
     def _fixed_maps(self, k):
         g = torch.Generator().manual_seed(seed_of(self.seed, 'maps'))
         return draw_geometry(len(self) * k, self.augment, g).view(len(self), k, 3, 3)
@@ -133,7 +142,7 @@ class Plates(Pictures):
         mine = slice(None) if self.recombine else part                      # halves may come from anywhere in the batch
         images, hr, heights = self.pictures(at, frames, g, device, clean, mine) # (b,f,H,W,3) uint8
         p, at = self.pack, at[mine]
-        b = PlateBatch([p.keys[i] for i in at], images, hr, [p.texts[i] for i in at],
+        b = PlateBatch([p.keys[i] for i in at], images, hr, [self.texts[i] for i in rows[mine]],
                        [p.layouts[i] for i in at], [p.scenarios[i] for i in at], heights[:, 0].tolist(), rows[mine])
         if self.recombine: b = join_halves(b, self.recombine, g)[part]
         return self._seen(b, len(rows), which, g, part)
@@ -167,9 +176,11 @@ def join_halves(b:PlateBatch,    # pictures (n,f,H,W,3) uint8
         here, there = moved(who, x.device), moved(other[who], x.device)
         mixed = torch.where(moved(right[who], x.device)[:, None, None, :, None], _in_light_of(x[there], x[here]), x[here])
         return x.index_copy(0, here, mixed)
-    names = [(f'{b.keys[i]}+{b.keys[j]}', b.texts[i][:3] + b.texts[j][3:]) if t else (b.keys[i], b.texts[i]) for i, (j, t) in enumerate(zip(other, take))]
+    names = [(f'{b.keys[i]}+{b.keys[j]}', _joined(b.texts[i], b.texts[j])) if t else (b.keys[i], b.texts[i]) for i, (j, t) in enumerate(zip(other, take))]
     keys, texts = map(list, zip(*names))
     return replace(b, keys=keys, texts=texts, images=join(b.images), clean_hr=join(b.clean_hr))
+
+def _joined(left, right): return None if left is None or right is None else left[:3] + right[3:]
 
 def _in_light_of(x, like): # (k,f,h,w,3) uint8: the colours of x with the mean and spread of `like`
     x, like = x.float(), like.float()
@@ -276,6 +287,13 @@ class Data:
     root:Path
     cache:Path         # folder of packs, and of what else is computed once
 
+def labelled(texts,       # of tracks
+             share:float, # of the different plates
+            ) -> set[str]: # those whose labels may be used
+    "The same plates on any machine; a smaller share is part of a larger one."
+    plates = sorted(set(texts), key=lambda t: digest('label', SPLIT_SEED, t))
+    return set(plates[:math.ceil(share * len(plates))])
+
 # %% ../nbs/16_data.ipynb #001d
 def open_data(cfg:Config) -> Data:
     "Index, pack and split the config's data. Raises one `KdocrError` for all that is wrong with its files."
@@ -289,10 +307,16 @@ def open_data(cfg:Config) -> Data:
     if faults and not cfg.skip_faulty: raise faulty(faults)
     split = shared_split(home, found.train, cfg.val_share, SPLIT_SEED, fallback=home, test_texts={t.text for t in found.test if t.text})
     kind = _hr if cfg.mode == 'teacher' else _pair
-    return Data(kind(cfg, train, split.train, True), kind(cfg, train, split.val, False), _scored(cfg, test), split, found.fingerprint, root, cache)
+    return Data(_hidden(cfg, kind(cfg, train, split.train, True)), kind(cfg, train, split.val, False), _scored(cfg, test), split, found.fingerprint, root, cache)
 
 def _packed(tracks, cache, cfg, part, views): # the pack, None where there are no tracks; the faults by key
     return pack(tracks, cache, cfg.height, cfg.width, views, part=part) if tracks else (None, {})
+
+def _hidden(cfg, data): # the training tracks as label_share has them: no text, or no track
+    if cfg.label_share == 1: return data
+    known = labelled(data.texts, cfg.label_share)
+    if cfg.mode == 'teacher' or cfg.unlabelled == 'drop': return data.subset([i for i, t in enumerate(data.texts) if t in known])
+    return data.subset(range(len(data)), [t if t in known else None for t in data.texts])
 
 def _hr(cfg, packed, keys, train):
     packed, bad = packed
