@@ -49,13 +49,15 @@ def test_the_teacher_is_bit_identical_and_the_student_moved(student_cfg):
     assert all(k.startswith('fusion') for k in still), still # one frame: there is nothing to weigh, so the vote learns nothing
     assert not {id(m) for m in teacher.modules()} & {id(m) for m in student.modules()}
     saved = load_checkpoint(t.run.last)
-    assert {k for k, v in saved.items() if isinstance(v, dict) and v} == {'model', 'optimizer'} and set(saved['model']) == set(start)
+    assert {k for k, v in saved.items() if isinstance(v, dict) and v} == {'model', 'optimizer', 'balance'} and set(saved['model']) == set(start)
 
 
 def test_a_student_run_logs_every_term_and_its_teacher(student_cfg, teacher_run):
     run = train_kd(student_cfg)
-    row = run.log.rows()[0]
+    first, row = run.log.rows()[:2]
     taps = ('backbone_out', 'transformer_out', 'logits')
+    assert set(first) - set(row) == {'ctc_grad', *(f'kd_{t}_{x}' for t in taps for x in ('grad', 'cosine'))} # measured every probe_every steps
+    assert row['kd_logits_share'] == pytest.approx(row['kd_logits_weighted']/row['loss'])
     parts = ('', '_weighted', '_share')
     assert {f'kd_{t}{p}' for t in taps for p in parts} | {'ctc', 'loss', 'grad_norm', 'lr', 'step', 'epoch', 'seconds'} == set(row)
     assert row['loss'] == pytest.approx(row['ctc'] + sum(row[f'kd_{t}_weighted'] for t in taps), rel=1e-5)
@@ -131,8 +133,9 @@ def test_teacher_checkpoints_that_do_not_fit(teacher_run, tmp_path, fails):
     (tmp_path/'cut.pth').write_bytes(good.read_bytes()[:20_000])
     fails(student_flags(tmp_path, teacher_checkpoint=tmp_path/'cut.pth'), 'cut.pth: damaged')
     fails(student_flags(tmp_path, teacher_checkpoint=good, model_type='restran'), str(good), "model_type is 'restran_tiny', needed is 'restran'")
+    untold = {k: v for k, v in ckpt.items() if k != 'seen'} # what it was trained on is not known
     for key, value in dict(charset='ABC', split_hash='another', height=48).items():
-        save_checkpoint(tmp_path/f'{key}.pth', {**ckpt, key: value})
+        save_checkpoint(tmp_path/f'{key}.pth', {**untold, key: value})
         fails(student_flags(tmp_path, teacher_checkpoint=tmp_path/f'{key}.pth'), f'{key}.pth: {key} is {value!r}')
     assert not (tmp_path/'lr').exists() # refused before anything was written
 
