@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'STARTS', 'STYLE', 'CUTS', 'use_style', 'arm_styles', 'term_columns', 'plot_losses', 'plot_over_steps',
-           'plot_arms', 'cut', 'plot_cut', 'plot_alignment', 'plot_taps', 'plot_cka_accuracy', 'plot_spikes',
-           'plot_readings', 'save_figure']
+           'plot_arms', 'plot_forest', 'cut', 'plot_cut', 'plot_alignment', 'plot_taps', 'plot_cka_accuracy',
+           'plot_fidelity', 'plot_spikes', 'plot_readings', 'save_figure']
 
 # %% ../nbs/51_figures.ipynb #0002
 import textwrap
@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 from .metrics import by_position, grouped, height_bin, wilson
 
 # %% ../nbs/51_figures.ipynb #0005
@@ -89,12 +90,58 @@ def plot_arms(table:pd.DataFrame, # as `compare.arms_table` makes it
         c = look['color']
         ax.plot([100 * row.lo, 100 * row.hi], [y, y], color=c, lw=2.5, solid_capstyle='butt')
         ax.plot(100 * row.exact, y, 'o', ms=8, color=c, mfc='white' if look['linestyle'] == '--' else c, mew=2)
+        if 'each' in table and len(row.each) > 1: ax.scatter([100 * e for e in row.each], [y + .28] * len(row.each), s=9, color=c, lw=0)
         ax.text(100 * row.hi + 1, y, f'{100 * row.exact:.1f}', va='center', fontsize=8.5)
     n = '/'.join(str(x) for x in dict.fromkeys(table.tracks))
     ax.set(yticks=range(len(table)), yticklabels=table.arm, ylim=(len(table) - .5, -.5), xlabel=f'exact match (%), 95 % interval, n = {n} held-out tracks')
     ax.margins(x=.12)
     ax.set_xlim(left=max(-2, ax.get_xlim()[0]))
     ax.grid(axis='y', visible=False)
+    return ax
+
+# %% ../nbs/51_figures.ipynb #133c919a
+def _left_aligned(ax): # the names of rows, their left ends under each other
+    renderer, names = ax.figure.canvas.get_renderer(), ax.get_yticklabels()
+    widest = max(t.get_window_extent(renderer).width for t in names) * 72 / ax.figure.dpi
+    for t in names: t.set_ha('left')
+    ax.tick_params(axis='y', pad=widest + 4, length=0)
+
+def _bar(ax, y, lo, hi, ends, **kw): # a horizontal line, with an arrow where it leaves `ends`
+    ax.plot(np.clip([lo, hi], *ends), [y, y], solid_capstyle='butt', color='0.25', **kw)
+    for end, beyond, arrow in ((ends[0], lo < ends[0], '<'), (ends[1], hi > ends[1], '>')):
+        if beyond: ax.plot(end, y, arrow, ms=4, color='0.25', clip_on=False)
+
+def _key(ax): # what the marks mean, above the rows
+    ax.plot([], [], 'o', color='0.25', label='mean (hollow: uncertain)')
+    ax.plot([], [], color='0.25', lw=5, label='bootstrap, plates and seeds')
+    ax.plot([], [], color='0.25', lw=1.2, label='t, seeds')
+    ax.scatter([], [], s=12, color=STARTS[1], label='a seed')
+    ax.legend(ncols=4, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1.07 if len(ax.get_yticks()) > 4 else 1.2), borderpad=0, columnspacing=1.2, handletextpad=.5)
+
+# %% ../nbs/51_figures.ipynb #d2d22b23
+def plot_forest(gains:pd.DataFrame, # as `compare.comparisons` makes it
+                ax=None):
+    "The gain of each arm on its control in points, in the frame's order from the top."
+    ax = ax or plt.subplots(figsize=(8.5, 1.3 + .34 * len(gains)))[1]
+    t_ends = [x for r in gains.itertuples() if len(r.seeds) > 2 for x in (r.t_lo, r.t_hi)]
+    shown = 100 * np.array([0, *gains.lo, *gains.hi, *t_ends, *(e for each in gains['each'] for e in each)])
+    room = .06 * (np.ptp(shown) or 1)
+    ends = shown.min() - room, shown.max() + room
+    ax.axvline(0, color='0.2', lw=.8, zorder=1)
+    def beside(y, *words, **kw): # columns at the right
+        for x, w in zip((1.02, 1.12, 1.3), words): ax.text(x, y, w, transform=ax.get_yaxis_transform(), va='center', fontsize=8, **kw)
+    for y, r in enumerate(gains.itertuples()):
+        if r.t_lo == r.t_lo: _bar(ax, y, 100 * r.t_lo, 100 * r.t_hi, ends, lw=1.2)
+        _bar(ax, y, 100 * r.lo, 100 * r.hi, ends, lw=5)
+        ax.plot(100 * r.mean, y, 'o', ms=7, color='0.25', mfc='0.25' if r.judged in ('better', 'worse') else 'white', mew=1.5, zorder=3)
+        if len(r.seeds) > 1: ax.scatter([100 * e for e in r.each], [y + .3] * len(r.each), s=12, color=STARTS[1], lw=0, zorder=3)
+        beside(y, f'{100 * r.mean:+.1f}', f'{len(r.seeds)} x {r.tracks}', f'{r.control}, {100 * r.control_exact:.1f} %')
+    beside(-.75, 'gain', 'seeds x tracks', 'control, exact match', color='0.4')
+    ax.set(yticks=range(len(gains)), yticklabels=[textwrap.fill(a, 34) for a in gains.arm], ylim=(len(gains) - .4, -.6), xlim=ends, xlabel='exact match against the control (points), 95 % intervals')
+    ax.grid(axis='y', visible=False)
+    ax.spines['left'].set_visible(False)
+    _left_aligned(ax)
+    _key(ax)
     return ax
 
 # %% ../nbs/51_figures.ipynb #0014
@@ -185,6 +232,20 @@ def plot_cka_accuracy(frame:pd.DataFrame, # arm, tap, cka, exact
     for t in dict.fromkeys(frame.tap): ax.plot([], [], 's', ms=4, color=TERMS[t][1], label=TERMS[t][0])
     ax.set(xlabel='debiased linear CKA with the teacher', ylabel='exact match (%)')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5), fontsize=8)
+    return ax
+
+# %% ../nbs/51_figures.ipynb #b7e90488
+def plot_fidelity(frame:pd.DataFrame, # arm, tap, cka, exact, control (whether the arm is one); a row a run and tap
+                  tap:str,            # 'backbone_out', 'transformer_out' or 'logits'
+                  ax=None):
+    "Accuracy against alignment at one tap, a dot a run."
+    ax, points = ax or plt.subplots()[1], frame[frame.tap == tap]
+    for i, a in enumerate(dict.fromkeys(frame.arm)):
+        p, c = points[points.arm == a], STARTS[i % len(STARTS)]
+        ax.plot(p.cka, 100 * p.exact, 'osD^vP*X'[i // len(STARTS) % 8], ms=6, color=c, mfc='white' if p.control.any() else c, mew=1.4, label=a)
+    rho = spearmanr(points.cka, points.exact).statistic if min(points.cka.nunique(), points.exact.nunique()) > 1 else np.nan
+    ax.set(xlabel='debiased linear CKA with the teacher', ylabel='exact match (%)')
+    ax.set_title(f'{TERMS[tap][0]}: ' + (f'rank correlation {rho:+.2f}' if rho == rho else 'no rank correlation') + f' (n = {len(points)} runs)', fontsize=8.5)
     return ax
 
 # %% ../nbs/51_figures.ipynb #0020
