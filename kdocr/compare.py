@@ -8,7 +8,7 @@ __all__ = ['FACTS', 'DISTILLATION', 'ENOUGH', 'DRAWS', 'DRAW_SEED', 'GAIN', 'ONE
            'labels', 'aligned', 'paired', 'Interval', 'bootstrap_difference', 't_interval', 'mcnemar', 'Arm', 'method',
            'differing', 'group_arms', 'arms_table', 'check_control', 'control_arm', 'control_of', 'judge', 'gain',
            'comparisons', 'pct', 'gain_said', 'no_control_said', 'best_said', 'warnings_said', 'teachers_said',
-           'verdict', 'compare_table', 'compare_text', 'comparison']
+           'verdict', 'compare_table', 'compare_text', 'comparison', 'compare_runs']
 
 # %% ../nbs/50_compare.ipynb #cmp001
 from functools import lru_cache
@@ -379,19 +379,27 @@ def _plain(x): # what JSON may hold
     if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
     return None if x is None or isinstance(x, float) and x != x else x.item() if isinstance(x, np.generic) else x
 
-def comparison(runs:list[Run], control:str='') -> dict: # plain values
+def comparison(runs:list[Run], control:str='' # an arm's name, as for `control_arm`
+              ) -> dict: # plain values
     "All that a paper needs: the arms with each run, the gains with both intervals, the method, the verdict and its warnings."
     students = [r for r in runs if r.cfg.mode == 'student']
-    if not students: raise KdocrError('no finished student among the runs: nothing to compare')
     arms, gains, table = {a.name: a for a in group_arms(students)}, comparisons(students, control), compare_table(students, control)
-    if control and control not in arms: raise KdocrError(f'--control {control}: no such arm among the runs{nearest(control, arms)}')
+    bare = {a.name: why for a in arms.values() for _, why in [control_arm(a, list(arms.values()), control)] if why}
     def run(r): return dict(seed=r.cfg.seed, folder=str(r.path.absolute()), exact=recognition_rate(r.preds), cer=cer(r.preds), **r.facts)
-    bare = [(a, why) for a in arms.values() for _, why in [control_arm(a, list(arms.values()), control)] if why]
+    def row(r): return dict(r, runs=[run(x) for x in arms[r['arm']].runs], settings=method(arms[r['arm']].runs[0]))
     return _plain(dict(
         method=dict(gain='paired by seed, track by track', bootstrap='crossed seeds and plates (pigeonhole bootstrap, Owen 2007, Annals of Applied Statistics 1:386)', draws=DRAWS, seed=DRAW_SEED,
                     t="Student's t over the gains of the seeds", interval=.95, seeds_needed=ENOUGH, rule='better or worse where both intervals leave zero out'),
-        part=students[0].part, tracks=table.tracks[0], plates=table.plates[0],
-        arms=[dict(row, runs=[run(r) for r in arms[row['arm']].runs], settings=method(arms[row['arm']].runs[0])) for row in table.drop(columns=['mode', 'each']).to_dict('records')],
-        gains=gains.to_dict('records'), no_control={a.name: why for a, why in bare},
-        teachers=[dict(folder=str(r.path.absolute()), **{p: recognition_rate(x) for p, x in r.parts.items()}) for r in runs if r.cfg.mode == 'teacher'],
+        part=students[0].part, tracks=table.tracks[0], plates=table.plates[0], arms=[row(r) for r in table.drop(columns=['mode', 'each']).to_dict('records')],
+        gains=gains.to_dict('records'), no_control=bare, teachers=[dict(folder=str(r.path.absolute()), **{p: recognition_rate(x) for p, x in r.parts.items()}) for r in runs if r.cfg.mode == 'teacher'],
         verdict=verdict(runs, control), warnings=warnings_said(runs, gains)))
+
+def compare_runs(runs:list[Run], control:str='') -> tuple[str, dict, pd.DataFrame]: # for the screen, for JSON, for the forest plot
+    "What `kdocr compare` says, keeps and draws. Raises `KdocrError` where there is nothing to compare, or `control` is no arm."
+    students = [r for r in runs if r.cfg.mode == 'student']
+    if not students: raise KdocrError('no finished student among the runs: nothing to compare')
+    names = [a.name for a in group_arms(students)]
+    if control and control not in names: raise KdocrError(f'--control {control}: no such arm among the runs{nearest(control, names)}')
+    kept, table = comparison(runs, control), compare_table(runs, control)
+    gains = comparisons(students, control).set_index('arm', drop=False)
+    return '\n'.join([compare_text(table), '', *kept['verdict']]), kept, gains.loc[[a for a in table.arm if a in gains.index]].reset_index(drop=True)
