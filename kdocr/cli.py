@@ -8,7 +8,7 @@ __all__ = ['synth', 'check', 'pack', 'demo', 'report', 'compare', 'run', 'bench'
 # %% ../nbs/59_cli.ipynb #0002
 import argparse, os, sys
 from pathlib import Path
-from .core import KdocrError, guard
+from .core import KdocrError, guard, write_json
 
 # %% ../nbs/59_cli.ipynb #0005
 def synth(a):
@@ -31,13 +31,12 @@ def report(a):
     from kdocr.report import report
     print(report(a.runs, a.out))
 
-# %% ../nbs/59_cli.ipynb #e488348a
+# %% ../nbs/59_cli.ipynb #22d83d2e
 def compare(a):
     from kdocr.compare import compare_runs, find_runs, read_run
     done, going = find_runs(a.runs)
     for path in going: print(f'kdocr: {path}: not finished, left out', file=sys.stderr)
     text, kept, gains = compare_runs([read_run(p) for p in done], a.control)
-    from kdocr.core import write_json
     saved = [write_json(a.out/'compare.json', {**kept, 'unfinished': [str(p.absolute()) for p in going]})]
     if len(gains):
         import matplotlib

@@ -8,7 +8,7 @@ __all__ = ['FACTS', 'DISTILLATION', 'ENOUGH', 'DRAWS', 'DRAW_SEED', 'GAIN', 'ONE
            'labels', 'aligned', 'paired', 'Interval', 'bootstrap_difference', 't_interval', 'mcnemar', 'Arm', 'method',
            'differing', 'group_arms', 'arms_table', 'check_control', 'control_arm', 'control_of', 'judge', 'gain',
            'comparisons', 'pct', 'gain_said', 'no_control_said', 'best_said', 'warnings_said', 'teachers_said',
-           'verdict', 'compare_table', 'compare_text', 'comparison', 'compare_runs']
+           'verdict', 'compare_table', 'compare_text', 'comparison', 'compare_runs', 'alignment_table', 'term_shares']
 
 # %% ../nbs/50_compare.ipynb #cmp001
 from functools import lru_cache
@@ -17,11 +17,15 @@ from shlex import quote
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import binomtest, t as student_t
 from .core import KdocrError, nearest, np_rng, read_json
-from .config import Config, load_config
+from .config import Config, RunSettings, ViewSettings, load_config
 from .metrics import Prediction, cer, confidence_gap, recognition_rate, wilson
-from .run import RunFolder, identity
+from .data import open_data
+from .losses import align_steps
+from .alignment import linear_cka
+from .run import RunFolder, identity, load_model, state_hash
 
 # %% ../nbs/50_compare.ipynb #cmp002
 FACTS = ('data_fingerprint', 'split_hash', 'teacher_hash')
@@ -403,3 +407,61 @@ def compare_runs(runs:list[Run], control:str='') -> tuple[str, dict, pd.DataFram
     kept, table = comparison(runs, control), compare_table(runs, control)
     gains = comparisons(students, control).set_index('arm', drop=False)
     return '\n'.join([compare_text(table), '', *kept['verdict']]), kept, gains.loc[[a for a in table.arm if a in gains.index]].reset_index(drop=True)
+
+# %% ../nbs/50_compare.ipynb #cmp052
+def _teacher_file(r, otherwise):
+    named = r.cfg.teacher_checkpoint or otherwise
+    if named is None: raise KdocrError('it names no teacher, and the others share none')
+    found = next((p for p in (Path(named), r.path.parent/Path(named).name) if p.is_file()), None)
+    if found is None: raise KdocrError(f'its teacher is not at {named}')
+    return found
+
+def _same_tracks(r, tracks, known): # LR and HR of the run's validation tracks; `known` keeps what was read
+    root = r.cfg.data or r.path.parent/'embedded'
+    if not root.is_dir(): raise KdocrError(f'its data are not at {root}')
+    cfg = r.cfg.model_copy(update=dict(data=root, out=r.path.parent, seed=0))
+    key = repr([(k, v) for k, v in cfg if k in ViewSettings.model_fields and k not in RunSettings.model_fields])
+    if key not in known:
+        lr, hr = (open_data(cfg.model_copy(update=dict(mode=mode))) for mode in ('student', 'teacher'))
+        rows = torch.linspace(0, len(lr.val) - 1, min(tracks, len(lr.val))).long()
+        known[key] = dict(data_fingerprint=lr.fingerprint, split_hash=lr.split.hash), lr.val.batch(rows, 0).images, hr.val.batch(rows, 0).images
+    facts, lr, hr = known[key]
+    for k, v in facts.items():
+        if r.facts.get(k) not in (None, v): raise KdocrError(f'{k} of {root} is {v}, it was {r.facts[k]}')
+    return key, lr, hr
+
+def _look(model, images): # (b,f,3,h,w) -> {tap: (b,t,d)}
+    with torch.no_grad(): seen = [model.forward_taps(part) for part in images.split(64)]
+    return {**{k: torch.cat([s.taps[k] for s in seen]) for k in seen[0].taps}, 'logits': torch.cat([s.logits for s in seen])}
+
+# %% ../nbs/50_compare.ipynb #cmp053
+def alignment_table(runs:list[Run],
+                    tracks:int=256,        # validation tracks that are measured, at most
+                    teacher:Path|None=None # for students that name none; None: the one that the others share
+                   ) -> tuple[pd.DataFrame, dict[str, str]]: # arm, run, seed, control, tap, cka, exact, n: a row a run and tap; and who is left out, why
+    "Debiased CKA between each student and its teacher on the same held-out tracks, beside the student's accuracy."
+    students = [r for r in runs if r.cfg.mode == 'student']
+    shared = {str(r.cfg.teacher_checkpoint): r for r in students if r.cfg.teacher_checkpoint}
+    rows, missing, views, taught, otherwise = [], {}, {}, {}, teacher or (Path([*shared][0]) if len(shared) == 1 else None)
+    for a in group_arms(students):
+        for r in a.runs:
+            try:
+                key, lr, hr = _same_tracks(r, tracks, views)
+                path = _teacher_file(r, otherwise)
+                if (path, key) not in taught: model = load_model(path); taught[path, key] = state_hash(model), _look(model, hr)
+                known, t = taught[path, key]
+                if r.facts.get('teacher_hash') not in (None, known): raise KdocrError(f'{path} is another teacher now: {known}, it was {r.facts["teacher_hash"]}')
+                s = _look(load_model(RunFolder(r.path).best), lr)
+                rows += [dict(arm=a.name, run=r.path.name, seed=r.cfg.seed, control=not guided(r.cfg), tap=k, cka=linear_cka(align_steps(s[k], t[k].shape[1]), t[k]),
+                              exact=recognition_rate(r.preds), n=len(lr)) for k in t]
+            except KdocrError as e: missing[str(r.path)] = str(e)
+    return pd.DataFrame(rows, columns=['arm', 'run', 'seed', 'control', 'tap', 'cka', 'exact', 'n']), missing
+
+# %% ../nbs/50_compare.ipynb #cmp056
+def term_shares(log:pd.DataFrame # a run's log
+               ) -> dict[str, float]: # 'ctc' and each kd_ term; together 1
+    "The mean share of each weighted term in the sum of them all; empty where there is no log."
+    if 'ctc' not in log: return {}
+    terms = [c for c in log if c == 'ctc' or c.startswith('kd_') and c.endswith('_weighted')]
+    steps = log.loc[log.ctc.notna(), terms].fillna(0.)
+    return {c.removesuffix('_weighted'): float(v) for c, v in steps.div(steps.sum(axis=1), axis=0).mean().items()}
