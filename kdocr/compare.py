@@ -339,7 +339,7 @@ def best_said(table:pd.DataFrame # rows of students
 
 def warnings_said(runs:list[Run], gains:pd.DataFrame) -> list[str]:
     "What a reader of these gains must know."
-    said = [f'{c.arm}: seeds {", ".join(map(str, c.left_out))} are left out of the gain: only one of the two arms has them.' for c in gains.itertuples() if c.left_out]
+    said = [f'{c.arm}: left out of the gain, because only one of the two arms has it: {", ".join(f"seed {s}" for s in c.left_out)}.' for c in gains.itertuples() if c.left_out]
     counts = {len(s) for s in gains.seeds}
     said += [ONE_SEED] * (1 in counts) + [METHOD] * (max(counts, default=0) > 1) + [MANY.format(len(gains))] * (len(gains) > 4)
     return said + [CHOSEN] * any(r.cfg.mode == 'student' and r.part == 'val' for r in runs)
