@@ -100,7 +100,7 @@ def plot_arms(table:pd.DataFrame, # as `compare.arms_table` makes it
     ax.grid(axis='y', visible=False)
     return ax
 
-# %% ../nbs/51_figures.ipynb #30f789f5
+# %% ../nbs/51_figures.ipynb #fa83612a
 def _left_aligned(ax): # the names of rows, their left ends under each other
     renderer, names = ax.figure.canvas.get_renderer(), ax.get_yticklabels()
     widest = max(t.get_window_extent(renderer).width for t in names) * 72 / ax.figure.dpi
@@ -122,7 +122,7 @@ def _key(ax): # what the marks mean, above the rows
     above = ax.transAxes + ScaledTranslation(0, 17 / 72, ax.figure.dpi_scale_trans)
     ax.legend(ncols=4, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1), bbox_transform=above, borderpad=0, columnspacing=1.2, handletextpad=.9)
 
-# %% ../nbs/51_figures.ipynb #9296802e
+# %% ../nbs/51_figures.ipynb #da0feb0f
 def plot_forest(gains:pd.DataFrame, # as `compare.comparisons` makes it
                 ax=None):
     "The gain of each arm on its control in points, in the frame's order from the top."
@@ -238,7 +238,7 @@ def plot_cka_accuracy(frame:pd.DataFrame, # arm, tap, cka, exact
     ax.legend(loc='center left', bbox_to_anchor=(1, .5), fontsize=8)
     return ax
 
-# %% ../nbs/51_figures.ipynb #12ac636b
+# %% ../nbs/51_figures.ipynb #3b314408
 def plot_fidelity(frame:pd.DataFrame, # arm, tap, cka, exact, control (whether the arm is one); a row a run and tap
                   tap:str,            # 'backbone_out', 'transformer_out' or 'logits'
                   ax=None):
@@ -246,10 +246,10 @@ def plot_fidelity(frame:pd.DataFrame, # arm, tap, cka, exact, control (whether t
     ax, points = ax or plt.subplots()[1], frame[frame.tap == tap]
     for i, a in enumerate(dict.fromkeys(frame.arm)):
         p, c = points[points.arm == a], STARTS[i % len(STARTS)]
-        ax.plot(p.cka, 100 * p.exact, 'osD^vP*X'[i // len(STARTS) % 8], ms=6, color=c, mfc='white' if p.control.any() else c, mew=1.4, label=a)
+        ax.plot(p.cka, 100 * p.exact, 'osD^vP*X'[i % 8], ms=6, color=c, mfc='white' if p.control.any() else c, mew=1.4, label=a)
     rho = spearmanr(points.cka, points.exact).statistic if min(points.cka.nunique(), points.exact.nunique()) > 1 else np.nan
     ax.set(xlabel='debiased linear CKA with the teacher', ylabel='exact match (%)')
-    ax.set_title(f'{TERMS[tap][0]}: ' + (f'rank correlation {rho:+.2f}' if rho == rho else 'no rank correlation') + f' (n = {len(points)} runs)', fontsize=8.5)
+    ax.set_title(f'{TERMS[tap][0]}: ' + (f'Spearman {rho:+.2f}' if rho == rho else 'no correlation') + f' (n = {len(points)} runs)', fontsize=8.5)
     return ax
 
 # %% ../nbs/51_figures.ipynb #0020
