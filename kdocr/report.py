@@ -42,9 +42,11 @@ def arms_html(table:pd.DataFrame # as `arms_table` makes it
 def comparisons_html(table:pd.DataFrame # as `comparisons` makes it
                     ) -> str:
     "The table of distilled arms against their controls."
-    return table_html(pd.DataFrame({'arm': table.arm, 'against': table.control, 'gain, points': [f'{100 * m:+.1f}' for m in table['mean']],
-                                    'paired 95 % interval': [f'{100 * r.lo:+.1f} to {100 * r.hi:+.1f}' for r in table.itertuples()],
-                                    'tracks won / lost': [f'{r.won} / {r.lost}' for r in table.itertuples()], 'McNemar p': [f'{p:.2g}' for p in table.p]}))
+    span = lambda lo, hi: None if lo != lo else f'{100 * lo:+.1f} to {100 * hi:+.1f}'
+    shown = pd.DataFrame({'arm': table.arm, 'against': table.control, 'seeds': table.seeds.map(len), 'gain, points': [f'{100 * m:+.1f}' for m in table['mean']],
+                          'paired 95 % interval': [span(r.lo, r.hi) for r in table.itertuples()], 't over the seeds': [span(r.t_lo, r.t_hi) for r in table.itertuples()],
+                          'tracks won / lost': [f'{r.won} / {r.lost}' for r in table.itertuples()], 'McNemar p': [None if p != p else f'{p:.2g}' for p in table.p]})
+    return table_html(shown.drop(columns=['seeds', 't over the seeds'] if (shown.seeds == 1).all() else 'McNemar p' if (shown.seeds > 1).all() else []))
 
 # %% ../nbs/53_report.ipynb #0008
 def notebook_html(path:Path # an executed notebook

@@ -1,5 +1,5 @@
 """The command line as a shell sees it: one line for a mistake, and a status to go by."""
-import subprocess, sys
+import json, subprocess, sys
 import pytest
 from kdocr.cli import main, parser
 
@@ -8,9 +8,9 @@ def kdocr(*args, **kw): return subprocess.run([sys.executable, '-m', 'kdocr.cli'
 
 def test_help_names_every_command():
     r = kdocr('--help')
-    assert r.returncode == 0 and all(c in r.stdout for c in ('demo', 'synth', 'check', 'pack', 'run', 'report', 'train_kd --help'))
+    assert r.returncode == 0 and all(c in r.stdout for c in ('demo', 'synth', 'check', 'pack', 'run', 'report', 'compare', 'train_kd --help'))
 
-@pytest.mark.parametrize('command', ['demo', 'synth', 'check', 'pack', 'run', 'report'])
+@pytest.mark.parametrize('command', ['demo', 'synth', 'check', 'pack', 'run', 'report', 'compare'])
 def test_help_of_each(command, capsys):
     with pytest.raises(SystemExit) as e: parser().parse_args([command, '--help'])
     assert e.value.code == 0 and command in capsys.readouterr().out
@@ -18,7 +18,7 @@ def test_help_of_each(command, capsys):
 @pytest.mark.parametrize('args, said', [
     ([], 'COMMAND'), (['dmeo'], "invalid choice: 'dmeo'"), (['demo', '--fast'], '--fast'), (['demo', '--cores', 'two'], 'two'),
     (['run', 'train_kdd'], "notebook train_kdd: no such file: did you mean 'train_kd'?"), (['run', 'train_kd', '-p', 'step', '9'], "no parameter 'step': did you mean 'steps'?"),
-    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere')])
+    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere'), (['compare'], 'RUN'), (['compare', '/nowhere'], '/nowhere: not a run folder')])
 def test_a_mistake_is_one_line_and_status_2(args, said, capfd):
     assert main(args) == 2
     out, err = capfd.readouterr()
@@ -31,3 +31,37 @@ def test_nothing_heavy_is_imported_for_help():
 def test_run_lists_parameters(capsys):
     assert main(['run', 'train_kd', '--parameters']) == 0
     assert 'distill_weight = 1.0' in capsys.readouterr().out
+
+@pytest.fixture
+def results(tmp_path):
+    "Two arms of three seeds, one run that is still going."
+    from kdocr.config import Config
+    from kdocr.metrics import Prediction
+    from kdocr.run import RunFolder
+    for arm, right in (('ctc', (60, 58, 62)), ('soft', (70, 69, 71))):
+        for seed, n in enumerate(right):
+            cfg = Config(name=f'{arm}_{seed}', out=tmp_path/'results', mode='student', arm=arm, seed=seed, control='ctc', teacher_checkpoint='t.pth', distill_weight=float(arm == 'soft'))
+            run = RunFolder(cfg.out/cfg.name)
+            run.claim(cfg, {}, {})
+            run.finish({'test': [Prediction(f't{i}', f'A{i}', f'A{i}' if i < n else '', .9) for i in range(100)]})
+    RunFolder(tmp_path/'results/begun').claim(cfg, {}, {})
+    return tmp_path/'results'
+
+def test_compare_prints_and_keeps(results, tmp_path, capsys):
+    assert main(['compare', str(results), '--out', str(tmp_path/'c')]) == 0
+    out, err = capsys.readouterr()
+    assert err == f'kdocr: {results}/begun: not finished, left out\n'
+    assert [l.split()[0] for l in out.splitlines()[:3]] == ['arm', 'soft', 'ctc'] and out.splitlines()[2].endswith('control') and 'soft: better than its control ctc, +10.0 points over 3 seeds' in out
+    kept = json.loads((tmp_path/'c/compare.json').read_text())
+    assert kept['gains'][0]['judged'] == 'better' and kept['unfinished'] == [f'{results}/begun'] and kept['arms'][0]['runs'][2]['folder'] == f'{results}/soft_2'
+    assert (tmp_path/'c/forest.png').read_bytes()[1:4] == b'PNG' and (tmp_path/'c/forest.pdf').is_file() and f'{tmp_path}/c/compare.json' in out
+
+def test_compare_without_a_gain_draws_nothing(results, tmp_path, capsys):
+    assert main(['compare', *(str(results/f'soft_{s}') for s in range(3)), '--out', str(tmp_path/'c')]) == 0
+    assert 'no control' in capsys.readouterr().out and [p.name for p in (tmp_path/'c').iterdir()] == ['compare.json']
+
+@pytest.mark.parametrize('args, said', [(['RESULTS', '--control', 'cct'], "--control cct: no such arm among the runs: did you mean 'ctc'?"), (['RESULTS', 'RESULTS/ctc_0'], 'ctc_0: given twice'),
+                                        (['RESULTS/begun'], 'no finished student')])
+def test_compare_refuses_in_one_line(results, tmp_path, capsys, args, said):
+    assert main(['compare', *(a.replace('RESULTS', str(results)) for a in args), '--out', str(tmp_path/'c')]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path/'c').exists()

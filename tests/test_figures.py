@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from kdocr.metrics import Prediction
-from kdocr.figures import (TERMS, arm_styles, cut, plot_alignment, plot_arms, plot_cka_accuracy, plot_cut, plot_losses, plot_over_steps,
+from kdocr.figures import (TERMS, arm_styles, cut, plot_alignment, plot_arms, plot_cka_accuracy, plot_cut, plot_fidelity, plot_forest, plot_losses, plot_over_steps,
                            plot_readings, plot_spikes, plot_taps, save_figure, term_columns)
 
 ARMS = ['random init, control', 'random init, distilled', "teacher's weights, control"]
@@ -50,6 +50,38 @@ def test_arms_stand_in_order_with_intervals():
     ax = plot_arms(pd.DataFrame(dict(arm=ARMS, tracks=500, exact=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75])))
     assert [t.get_text() for t in ax.get_yticklabels()] == ARMS and 'n = 500' in ax.get_xlabel() and '%' in ax.get_xlabel()
     assert [list(l.get_xdata()) for l in ax.lines[::2]] == [pytest.approx([45, 55]), pytest.approx([55, 65]), pytest.approx([65, 75])]
+
+def test_seeds_stand_under_their_arm():
+    table = pd.DataFrame(dict(arm=ARMS, tracks=500, exact=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75], each=[[.48, .52], [.6], [.69, .7, .71]]))
+    assert [sorted(c.get_offsets()[:, 0]) for c in plot_arms(table).collections] == [pytest.approx([48, 52]), pytest.approx([69, 70, 71])]
+
+@pytest.fixture
+def gains():
+    row = lambda arm, each, t, judged: dict(arm=arm, control='ctc', seeds=[*range(len(each))], tracks=300, control_exact=.5, each=each, mean=np.mean(each), lo=np.mean(each) - .01, hi=np.mean(each) + .01,
+                                            t_lo=np.mean(each) - t, t_hi=np.mean(each) + t, judged=judged)
+    return pd.DataFrame([row('soft', [.02, .03, .04], .015, 'better'), row('twice', [.01, .02], .5, 'not enough seeds to say'), row('once', [-.02], np.nan, 'not enough seeds to say')])
+
+def test_forest_holds_both_intervals_each_seed_and_the_control(gains):
+    ax = plot_forest(gains)
+    thick, thin = ([list(l.get_xdata()) for l in ax.lines if l.get_linewidth() == w and len(l.get_xdata())] for w in (7, 1.2))
+    assert thick == [pytest.approx([2, 4]), pytest.approx([.5, 2.5]), pytest.approx([-3, -1])] and thin[0] == pytest.approx([1.5, 4.5])
+    assert thin[1] == pytest.approx(ax.get_xlim()) and len(thin) == 2                            # two seeds: t leaves the picture, arrows say so; one seed: no t
+    assert [l.get_marker() for l in ax.lines if l.get_marker() in '<>'] == ['<', '>']
+    assert [l.get_markerfacecolor() == 'white' for l in ax.lines if l.get_markersize() == 7] == [False, True, True]
+    assert sorted(ax.collections[0].get_offsets()[:, 0]) == pytest.approx([2, 3, 4])
+    said = [t.get_text() for t in ax.texts]
+    assert {'+3.0', '3 x 300', 'ctc, 50.0 %', '1 x 300', '-2.0'} <= set(said) and any(l.get_xdata()[0] == 0 and l.get_xdata()[1] == 0 for l in ax.lines if len(l.get_xdata()) == 2)
+    assert {t.get_ha() for t in ax.get_yticklabels()} == {'left'} and [t.get_text() for t in ax.get_yticklabels()] == ['soft', 'twice', 'once']
+
+def test_forest_of_one_arm_of_one_seed(gains): assert len(plot_forest(gains[2:]).get_yticks()) == 1
+
+def test_fidelity_has_a_dot_a_run_and_says_the_correlation():
+    frame = pd.DataFrame([(a, t, k + .01 * s, e + .01 * s, a == 'ctc') for a, k, e in (('ctc', .1, .2), ('soft', .5, .6)) for s in range(3) for t in ('logits', 'backbone_out')], columns=['arm', 'tap', 'cka', 'exact', 'control'])
+    ax = plot_fidelity(frame, 'logits')
+    assert [len(l.get_xdata()) for l in ax.lines] == [3, 3] and [l.get_markerfacecolor() == 'white' for l in ax.lines] == [True, False] and len({l.get_marker() for l in ax.lines}) == 2
+    assert 'Spearman +1.00 (n = 6 runs)' in ax.get_title(loc='left') + ax.get_title()
+    flat = plot_fidelity(frame.assign(exact=0.), 'logits')
+    assert 'no correlation' in flat.get_title(loc='left') + flat.get_title()
 
 def test_cut_counts_every_track_once_and_draws_its_n():
     preds = [Prediction(f't{i}', 'ABC1234', 'ABC1234' if i % 2 else 'ABC123', .5, 'Brazilian', 'A', 10 + i % 10) for i in range(60)]
