@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MORE', 'MARKERS', 'LAYERS', 'KINDS', 'GAP', 'NOT_IMPLIED', 'each', 'say', 'run_looks', 'unique_labels', 'HeldOut',
            'held_out', 'load_reader', 'find_teacher', 'Look', 'layer_names', 'attention_weights', 'look', 'as_steps',
-           'Strip', 'draw_strips', 'plot_strips', 'picture', 'widest_channels', 'tap_strips', 'channel_strips',
+           'Strip', 'draw_strips', 'plot_strips', 'keep', 'picture', 'widest_channels', 'tap_strips', 'channel_strips',
            'attention_strips', 'quartiles', 'plot_by_step', 'plot_layers', 'channel_frame', 'plot_channels',
            'plot_heads', 'fusion_frame', 'plot_fusion', 'mark_disagreement', 'plot_alike_accurate', 'Seen', 'see',
            'align_looks', 'not_comparable']
@@ -34,7 +34,7 @@ from .alignment import attention_map, channel_norms, cosine_by_position, dead_ch
 from .run import RunFolder, load_checkpoint, load_model
 from .train import read_frames
 from .compare import Run, labels, paired, read_log
-from .figures import STARTS, TERMS, arm_styles
+from .figures import STARTS, TERMS, arm_styles, save_figure
 
 # %% ../nbs/56_inside.ipynb #0005
 def each(paths, # what to read
@@ -188,8 +188,8 @@ KINDS = { # height, how it is drawn, name of its colour bar
     'colours':   (1., {}, ''),
     'cosine':    (.5, dict(cmap='cividis', vmin=0, vmax=1), 'cosine'),
     'error':     (.5, dict(cmap='magma_r', vmin=0, vmax=2), 'relative squared error'),
-    'channel':   (.6, dict(cmap='PuOr', vmin=-3, vmax=3), "channel, in teacher's\nstandard deviations"),
-    'attention': (1., dict(cmap='viridis', vmin=0, vmax=1), 'attention map,\nshare of its maximum'),
+    'channel':   (.6, dict(cmap='PuOr', vmin=-3, vmax=3), "channel, in teacher's standard deviations"),
+    'attention': (1., dict(cmap='viridis', vmin=0, vmax=1), 'attention map, share of its maximum'),
     'weight':    (.6, dict(cmap='viridis', vmin=0, vmax=1), 'weight of the frame')}
 
 GAP = .12 # between two strips
@@ -199,6 +199,7 @@ def draw_strips(ax, strips:list[Strip], width:float, named:bool=True) -> dict: #
     y, centres, drawn = 0., [], {}
     for s in strips:
         a, h = np.asarray(s.image), KINDS[s.kind][0]
+        y += GAP * (s.kind == 'colours')
         if a.ndim == 1 or (s.kind == 'colours' and a.ndim == 2): a = a[None]
         drawn[s.kind] = ax.imshow(a, extent=(0, width, y + h, y), aspect='auto', interpolation='nearest', **KINDS[s.kind][1])
         ax.text(1.01 * width, y + h/2, s.value, va='center', fontsize=6.5)
@@ -218,16 +219,23 @@ def plot_strips(columns:list[list[Strip]], # a list of strips for each plate, al
     "Plates side by side, each over its strips; a colour bar for each kind that needs one. Returns the figure."
     kinds = [s.kind for s in columns[0]]
     bars = [k for k in dict.fromkeys(kinds) if KINDS[k][2]]
-    height = sum(KINDS[k][0] + GAP for k in kinds)
+    height = sum(KINDS[k][0] + GAP * (1 + (k == 'colours')) for k in kinds)
     fig, axs = plt.subplots(1, len(columns), figsize=(width, .24 * height + .55 + .5 * bool(bars)), squeeze=False)
     for i, (ax, strips, head) in enumerate(zip(axs[0], columns, titles)):
         drawn = draw_strips(ax, strips, np.asarray(strips[0].image).shape[-2], i == 0)
         ax.set_title(head, fontsize=8.5)
-    for k in bars: fig.colorbar(drawn[k], ax=axs, location='bottom', label=KINDS[k][2].replace('\n', ' '), shrink=.8 / len(bars), aspect=40, pad=.01, extend='max' if k == 'error' else 'both' if k == 'channel' else 'neither')
+    for i, k in enumerate(bars): # beside each other where there are columns enough
+        fig.colorbar(drawn[k], ax=axs if len(bars) > len(columns) or len(bars) == 1 else axs[0, i], location='bottom', label=KINDS[k][2], shrink=.4 if len(bars) == 1 else .8, aspect=30, pad=.02, extend='max' if k == 'error' else 'both' if k == 'channel' else 'neither')
     fig.suptitle(title, x=.01, ha='left', fontsize=10)
     return fig
 
 # %% ../nbs/56_inside.ipynb #0019
+def keep(fig, folder:Path, name:str) -> Path:
+    "`save_figure`, with the layout computed once and not for every file."
+    fig.draw_without_rendering()
+    fig.set_layout_engine('none')
+    return save_figure(fig, folder, name)
+
 def picture(images:Tensor, i:int, frame:int=0) -> np.ndarray: # (H,W,3) in 0..1
     "A frame of track `i` as one looks at it."
     return (images[i, frame].permute(1, 2, 0)/2 + .5).clamp(0, 1).float().numpy()
@@ -265,6 +273,7 @@ def plot_by_step(frames:dict[str, pd.DataFrame], # reader -> `quartiles`
         ax.plot(f.step, f.mid, label=name, ms=3.5, lw=1.3, **style)
         if len(frames) < 4: ax.fill_between(f.step, f.lo, f.hi, color=style['color'], alpha=.15, lw=0)
     n = '/'.join(str(x) for x in dict.fromkeys(f.n.iloc[0] for f in frames.values()))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel=f'time step (n = {n} plates)', ylabel=ylabel + (', median and quartiles' if len(frames) < 4 else ', median'))
     return ax
 
@@ -312,15 +321,15 @@ def plot_heads(weights:dict[str, Tensor], # reader -> (heads,t,t)
                title:str=''):
     "A row of heads for each reader. Returns the figure."
     cols, top = max(len(w) for w in weights.values()), max(float(w.max()) for w in weights.values())
-    fig, axs = plt.subplots(len(weights), cols, figsize=(1.6 + 1.35 * cols, .7 + 1.35 * len(weights)), squeeze=False, sharex=True, sharey=True)
+    fig, axs = plt.subplots(len(weights), cols, figsize=(1.6 + 1.5 * cols, .8 + 1.1 * len(weights)), squeeze=False, sharex=True, sharey=True)
     for ax in axs.flat: ax.set_axis_off()
-    for row, (name, w) in zip(axs, weights.items()):
+    for i, (row, (name, w)) in enumerate(zip(axs, weights.items())):
         for h, (ax, a) in enumerate(zip(row, w)):
             ax.set_axis_on()
             im = ax.imshow(np.asarray(a), cmap='Blues', vmin=0, vmax=top, aspect='auto')
             ax.grid(False)
-            if row is axs[0]: ax.set_title(f'head {h}', fontsize=8.5)
-            if row is axs[-1]: ax.set_xlabel('step looked at', fontsize=7.5)
+            if i == 0: ax.set_title(f'head {h}', fontsize=8.5)
+            if i == len(weights) - 1: ax.set_xlabel('step looked at', fontsize=7.5)
         row[0].set_ylabel(name.replace(', ', ',\n') + '\nstep that looks', fontsize=7.5)
     fig.colorbar(im, ax=axs, label='weight', shrink=.6, aspect=30)
     fig.suptitle(title, x=.01, ha='left', fontsize=10)
@@ -374,8 +383,8 @@ def plot_alike_accurate(frame:pd.DataFrame, # arm, tap, cka, exact, lo, hi, trac
             k = looks[r.arm]
             ax.errorbar(r._asdict()[measure], 100*r.exact, yerr=[[100*max(0, r.exact - r.lo)], [100*max(0, r.hi - r.exact)]], fmt=k['marker'], ms=7, color=k['color'], mfc='white' if k['linestyle'] == '--' else k['color'], elinewidth=.8, label=r.arm)
         rho = f', rank correlation {spearmanr(rows[measure], rows.exact).statistic:+.2f}' if len(rows) > 3 and rows.exact.nunique() > 1 and rows[measure].nunique() > 1 else ''
-        ax.set(xlabel=xlabel, ylim=(-3, None))
-        ax.set_title(f'{TERMS[tap][0]}: n = {len(rows)} runs{rho}', color=TERMS[tap][1])
+        ax.set(xlabel=f'{xlabel}\n(n = {len(rows)} runs)', ylim=(-3, None))
+        ax.set_title(f'{TERMS[tap][0]}{rho}', color=TERMS[tap][1])
     n = '/'.join(str(x) for x in dict.fromkeys(frame.tracks))
     axs[0, 0].set_ylabel(f'exact match (%), n = {n} tracks')
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8)
