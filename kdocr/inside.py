@@ -9,9 +9,9 @@ __all__ = ['MORE', 'MARKERS', 'LAYERS', 'KINDS', 'GAP', 'NOT_IMPLIED', 'LINES', 
            'widest_channels', 'tap_strips', 'channel_strips', 'attention_strips', 'quartiles', 'plot_by_step',
            'plot_layers', 'channel_frame', 'plot_channels', 'plot_heads', 'fusion_frame', 'plot_fusion',
            'mark_disagreement', 'plot_alike_accurate', 'Seen', 'see', 'align_looks', 'not_comparable', 'Term',
-           'loss_terms', 'series', 'over_seeds', 'smoothing', 'Arm', 'arms_of', 'draw_series', 'smoothed_how',
-           'plot_terms', 'plot_runs', 'column', 'by_frames', 'frames_table', 'plot_frames', 'edits', 'confusion',
-           'plot_confusion', 'reliability', 'calibration_error', 'plot_reliability', 'missed', 'changes',
+           'loss_terms', 'series', 'over_seeds', 'smoothing', 'Curve', 'read_curve', 'Arm', 'arms_of', 'draw_series',
+           'smoothed_how', 'plot_terms', 'plot_runs', 'column', 'by_frames', 'frames_table', 'plot_frames', 'edits',
+           'confusion', 'plot_confusion', 'reliability', 'calibration_error', 'plot_reliability', 'missed', 'changes',
            'plot_changes', 'plot_plates', 'differing']
 
 # %% ../nbs/56_inside.ipynb #0002
@@ -481,6 +481,21 @@ def smoothing(points:int, window:int=0) -> int: # window of the running median
     return window or max(1, points // 50)
 
 # %% ../nbs/56_inside.ipynb #0038
+class Curve(NamedTuple):
+    "A run's log, finished or not."
+    path:Path
+    cfg:Config
+    log:pd.DataFrame
+    finished:bool
+
+def read_curve(path:Path) -> Curve: # a run folder
+    "Raises `KdocrError` naming a folder that is no run, or has no steps yet."
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file(): raise KdocrError(f'{path}: not a run folder (it has no config.yaml)')
+    log = read_log(path)
+    if not len(log) or 'step' not in log: raise KdocrError(f'{path}: its log has no steps yet')
+    return Curve(folder.path, load_config(folder.config), log, folder.finished)
+
 class Arm(NamedTuple):
     "The logs of one arm, one a seed."
     label:str
