@@ -531,7 +531,7 @@ def plot_terms(arm:Arm, what:str,        # a key of `WHATS`
         if not runs: continue
         most, points = max(most, len(runs)), max(points, *map(len, runs))
         draw_series(ax, runs, smoothing(len(runs[0]), window), term.label, color=term.colour, linestyle=term.line)
-    ax.set(xlabel=f'training step (n = {points} points)', ylabel=WHATS[what] + (' (log scale)' if logy else ''))
+    ax.set(xlabel=f'training step (n = {points})', ylabel=WHATS[what] + (' (log scale)' if logy else ''))
     if what == 'cosine': ax.axhline(0, color='0.6', lw=.8, zorder=0); ax.set_ylim(-1.05, 1.05)
     elif logy: ax.set_yscale('log')
     elif ax.lines: ax.set_ylim(bottom=0)
@@ -548,7 +548,7 @@ def plot_runs(arms:list[Arm], pick,   # a log -> a series by step, or None
         if not runs: continue
         seeds, points = max(seeds, len(runs)), max(points, *map(len, runs))
         draw_series(ax, runs, smoothing(len(runs[0]), window), arm.label, **{k: v for k, v in look.items() if k != 'marker'})
-    ax.set(xlabel=f'training step (n = {points} points)', ylabel=ylabel + (' (log scale)' if logy else ''))
+    ax.set(xlabel=f'training step (n = {points})', ylabel=ylabel + (' (log scale)' if logy else ''))
     if logy: ax.set_yscale('log')
     if legend and ax.lines: ax.legend(fontsize=7.5, title=smoothed_how(smoothing(points, window), seeds), title_fontsize=7)
     return ax
@@ -614,6 +614,7 @@ def confusion(preds:list[Prediction]) -> pd.DataFrame: # true x said, counts; ro
 # %% ../nbs/56_inside.ipynb #0041
 def plot_confusion(table:pd.DataFrame, # `confusion`
                    title:str='', least:int=2, # counts below this are not written
+                   most:float=50.,            # percent, where the colours end
                    ax=None):
     "Substitutions in percent of each true character, counts in the cells; the diagonal is left out, missing and added characters stand beside."
     ax = ax or plt.subplots(figsize=(6, 6))[1]
@@ -621,7 +622,7 @@ def plot_confusion(table:pd.DataFrame, # `confusion`
     rows = a[:n].sum(1)
     share = 100*a/np.where(np.append(rows, 0) > 0, np.append(rows, 1), 1)[:, None]
     share[-1], share[np.arange(n + 1), np.arange(n + 1)] = np.nan, np.nan
-    im = ax.imshow(np.ma.masked_invalid(share), cmap='Oranges', vmin=0, vmax=max(1., np.nanmax(share)) if n and np.isfinite(share).any() else 1)
+    im = ax.imshow(np.ma.masked_invalid(share), cmap='Oranges', vmin=0, vmax=most)
     ax.set_facecolor('0.93')
     for (y, x), v in np.ndenumerate(a):
         if y != x and v >= least: ax.text(x, y, int(v), ha='center', va='center', fontsize=5)
