@@ -466,8 +466,11 @@ def series(log:pd.DataFrame, key:str, # a term's key, or 'ctc'
         found = steps[part]/steps.loss.where(steps.loss != 0)
     elif name in steps: found = steps[name]
     else: return None
-    found = pd.to_numeric(found).dropna() * (100 if what == 'share' else 1)
-    return found if len(found) else None
+    return _measured(found, 100 if what == 'share' else 1)
+
+def _measured(x, scale): # where there is a number; a step that was taken twice counts as the second time
+    x = pd.to_numeric(x).dropna() * scale
+    return x[~x.index.duplicated(keep='last')] if len(x) else None
 
 def over_seeds(runs:list[pd.Series], # by step, one a seed
                window:int            # points of the running median
@@ -556,8 +559,7 @@ def plot_runs(arms:list[Arm], pick,   # a log -> a series by step, or None
 def column(name:str, scale:float=1.): # 'lr', 'grad_norm', 'val_rr'
     "For `plot_runs`: a column of the log, where it is measured."
     def pick(log):
-        if name not in log or not log[name].notna().any(): return None
-        return pd.to_numeric(log.set_index('step')[name]).dropna() * scale
+        return _measured(log.set_index('step')[name], scale) if name in log else None
     return pick
 
 # %% ../nbs/56_inside.ipynb #003c

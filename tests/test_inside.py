@@ -321,7 +321,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp('results')
     quick = dict(steps=4, eval_every=2)
     t = train_kd(small(out, name='teacher', **quick))
-    def student(name, **kw): return train_kd(small(out, **{**quick, **dict(name=name, mode='student', teacher_checkpoint=str(t.published), **kw)}))
+    def student(name, **kw): return train_kd(small(out, **{**quick, 'name': name, 'mode': 'student', 'teacher_checkpoint': str(t.published), **kw}))
     control = student('control', distill_weight=0.)
     for s in (0, 1): student(f'distilled_{s}', seed=s)
     student('charset', distill_weight=0., charset=DEFAULT_CHARS + '#', teacher_checkpoint=None)
@@ -352,7 +352,7 @@ def executed(name, out, runs, **kw):
 def test_feature_alignment_goes_on_with_the_rest(results, tmp_path):
     text, png, pdf = executed('feature_alignment', tmp_path, [results/n for n in NAMES], plates=1, channels=1)
     for name, why in (('unfinished', 'not finished'), ('moved', 'other data'), ('empty', 'not a run folder'), ('damaged', 'damaged')): assert any(name in l and why in l for l in text.split('\n')), (name, text)
-    assert "logits: its charset is" in text and "another width than the teacher's" in text and 'One frame at a time' in text and '5 validation tracks' in text or 'validation tracks' in text
+    assert "logits: its charset is" in text and "another width than the teacher's" in text and 'One frame at a time' in text and 'validation tracks, 6 students' in text
     assert png == pdf >= {'maps_backbone_out', 'maps_transformer_out', 'maps_logits', 'channels_under_plate', 'attention_refiner', 'by_position', 'alignment', 'layers', 'channels', 'heads', 'fusion_0', 'spikes', 'confidence', 'cka_accuracy'}
 
 @pytest.mark.slow
