@@ -21,10 +21,10 @@ from kdocr.restran import make_model
 from kdocr.run import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.compare import Run, read_run
 from kdocr.alignment import cosine_by_position, error_by_position, pca_rgb
-from kdocr.inside import (CHANGES, KINDS, MORE, WHATS, Arm, Seen, Strip, align_looks, arms_of, as_steps, attention_strips, attention_weights, by_frames, calibration_error, changes, channel_frame,
-                          channel_strips, column, confusion, differing, each, edits, find_teacher, frames_table, fusion_frame, held_out, keep, layer_names, look, loss_terms, mark_disagreement,
+from kdocr.inside import (CHANGES, KINDS, MORE, WHATS, Arm, Curve, Seen, Strip, align_looks, arms_of, as_steps, attention_strips, attention_weights, by_frames, calibration_error, changes, channel_frame,
+                          channel_strips, column, confusion, differing, each, edits, find_teacher, frames_table, fusion_frame, held_out, keep, layer_names, legend_of, look, loss_terms, mark_disagreement,
                           missed, not_comparable, over_seeds, picture, plot_alike_accurate, plot_by_step, plot_changes, plot_channels, plot_confusion, plot_frames, plot_fusion, plot_heads, plot_layers,
-                          plot_plates, plot_reliability, plot_runs, plot_strips, plot_terms, quartiles, read_curve, reliability, run_looks, series, smoothing, tap_strips, unique_labels, widest_channels)
+                          plot_plates, plot_reliability, plot_runs, plot_strips, plot_terms, quartiles, read_curve, reliability, run_looks, series, smoothing, tap_strips, unique_labels, widest_channels, wrapped)
 from training import small
 
 ARMS = ['random init, control', 'random init, distilled', "teacher's weights, distilled"]
@@ -228,7 +228,7 @@ def test_seeds_become_a_mean_in_its_range():
 
 def test_arms_join_seeds(log):
     cfgs = [Config(mode='student', teacher_checkpoint='t', seed=s, distill_weight=w) for s, w in ((0, 1), (1, 1), (0, 0))]
-    arms = arms_of(cfgs, [log] * 3)
+    arms = arms_of([Curve(Path(f'r{i}'), c, log, True) for i, c in enumerate(cfgs)])
     assert [(a.label, len(a.logs)) for a in arms] == [('random init, distilled, 2 seeds', 2), ('random init, control', 1)]
 
 @pytest.mark.parametrize('what, drawn', [('raw', 4), ('weighted', 4), ('share', 4), ('grad', 2), ('cosine', 1)])
@@ -358,7 +358,7 @@ def test_feature_alignment_goes_on_with_the_rest(results, tmp_path):
 @pytest.mark.slow
 def test_errors_goes_on_with_the_rest(results, tmp_path):
     text, png, pdf = executed('errors', tmp_path, [results/n for n in NAMES])
-    for name, why in (('unfinished', 'not finished'), ('moved', 'other data'), ('empty', 'not a run folder'), ('lr 0.123', 'damaged')): assert any(name in l and why in l for l in text.split('\n')), (name, text)
+    for name, why in (('unfinished', 'not finished'), ('moved', 'other data'), ('empty', 'not a run folder'), ('damaged', 'no checkpoint')): assert any(name in l and why in l for l in text.split('\n')), (name, text)
     assert png == pdf >= {'errors_by', 'by_frames', 'confusion', 'reliability', 'changes'}
 
 @pytest.mark.slow
@@ -408,3 +408,9 @@ def test_frames_are_read_as_evaluate_reads_them(results, together):
 
 def test_labels_of_twins():
     assert unique_labels([Config(), Config(), Config(seed=1)], ['a/x', 'b/y', 'c/z']) == ['HR teacher, seed 0 (x)', 'HR teacher, seed 0 (y)', 'HR teacher, seed 1']
+
+def test_labels_stay_short_and_are_explained():
+    cfgs = [Config(charset=DEFAULT_CHARS), Config(charset=DEFAULT_CHARS + '#'), Config(charset='AB')]
+    short = unique_labels(cfgs, [Path('r/a'), Path('r/b'), Path('r/c')])
+    assert short == ['HR teacher, a', 'HR teacher, b', 'HR teacher, charset AB'] and len(legend_of(short, cfgs)) == 2 and DEFAULT_CHARS in legend_of(short, cfgs)[0]
+    assert max(map(len, wrapped('a label of many words that is long', 10).split(chr(10)))) <= 10
