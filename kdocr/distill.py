@@ -154,7 +154,7 @@ class TrainerDistill(Trainer):
         def flat(g): return torch.zeros_like(pivot, dtype=torch.float32).flatten() if g is None else g.float().flatten()/scale
         ours, theirs = flat(pull(ctc)), {k: flat(pull(v)) for k, v in raw.items()}
         norms = {k: g.norm() for k, g in {'ctc': ours, **theirs}.items()}
-        cosines = {f'{k}_cosine': (g @ ours)/(norms[k]*norms['ctc']).clamp(min=1e-30) for k, g in theirs.items()}
+        cosines = {f'{k}_grad_cosine': (g @ ours)/(norms[k]*norms['ctc']).clamp(min=1e-30) for k, g in theirs.items()}
         self.ranks.mean_([*norms.values(), *cosines.values()])
         if self.cfg.balance:
             for k in raw: self.balance.follow(k, self.cfg.balance*norms['ctc']/norms[k], self.step == 0)

@@ -467,10 +467,9 @@ def series(log:pd.DataFrame, key:str, # a term's key, or 'ctc'
     "One quantity of one term. Raises `KdocrError` for another `what`."
     if what not in WHATS: raise KdocrError(f'{what!r}{nearest(what, WHATS)}')
     steps = log.set_index('step')
-    column = {'raw': '', 'weighted': '_weighted'}.get(what, f'_{what}') if key != 'ctc' else {'raw': '', 'weighted': ''}.get(what, f'_{what}')
+    column = {'raw': '', 'weighted': '' if key == 'ctc' else '_weighted', 'cosine': '_grad_cosine'}.get(what, f'_{what}')
     name = ('ctc' if key == 'ctc' else f'kd_{key}') + column
     if what == 'cosine' and key == 'ctc': return None
-    if what == 'cosine' and f'{name}_weighted' in steps: return None # a term of that name, not a cosine of gradients
     if what == 'share' and name not in steps:
         part = 'ctc' if key == 'ctc' else f'kd_{key}_weighted'
         if part not in steps or 'loss' not in steps: return None

@@ -158,7 +158,7 @@ class Stepper:
             yield dict(step=self.step, epoch=self.step / self.per_epoch, lr=lr, grad_norm=norm, **{k: v.detach() for k, v in losses.items()})
 
 # %% ../nbs/41_train.ipynb #0014
-GRADIENTS = 'grad_norm', '_grad', '_cosine' # how columns end that tell of gradients
+GRADIENTS = 'grad_norm', '_grad', '_grad_cosine' # how columns end that tell of gradients
 
 def to_rows(records:list[dict], ranks:Ranks=Ranks()) -> list[dict]:
     "The records as plain numbers: one wait for the device, whatever their number."

@@ -198,7 +198,7 @@ def log():
     steps = pd.DataFrame(dict(step=range(1, n + 1), loss=10., ctc=4., lr=1e-3))
     for k, w in (('logits', 1.), ('backbone_out', 2.), ('logits_kl', 3.)): steps[f'kd_{k}'], steps[f'kd_{k}_weighted'] = 2*w, w
     probe = steps.step % 20 == 0
-    return pd.concat([steps.assign(kd_logits_grad=np.where(probe, 5., np.nan), kd_logits_cosine=np.where(probe, -.5, np.nan), ctc_grad=np.where(probe, 2., np.nan)),
+    return pd.concat([steps.assign(kd_logits_grad=np.where(probe, 5., np.nan), kd_logits_grad_cosine=np.where(probe, -.5, np.nan), ctc_grad=np.where(probe, 2., np.nan)),
                       pd.DataFrame(dict(step=[30, 60], val_rr=[.1, .6]))], ignore_index=True)
 
 def test_terms_keep_their_order_and_colours(log):
@@ -377,7 +377,7 @@ def test_hardly_anything_is_enough(results, tmp_path, name, runs):
 def test_probes_are_drawn_where_a_run_has_them(results, tmp_path):
     shutil.copytree(results/'distilled_0', tmp_path/'probed')
     rows = [json.loads(l) for l in (results/'distilled_0/metrics.jsonl').read_text().splitlines()]
-    (tmp_path/'probed/metrics.jsonl').write_text(''.join(json.dumps(dict(r, kd_logits_grad=1., kd_logits_cosine=.1, ctc_grad=2.) if 'ctc' in r else r) + '\n' for r in rows))
+    (tmp_path/'probed/metrics.jsonl').write_text(''.join(json.dumps(dict(r, kd_logits_grad=1., kd_logits_grad_cosine=.1, ctc_grad=2.) if 'ctc' in r else r) + '\n' for r in rows))
     text, png, _ = executed('loss_curves', tmp_path/'out', [tmp_path/'probed', results/'control'])
     assert 'gradients' in png and 'gradients of the terms were not measured in: random init, control' in text
 

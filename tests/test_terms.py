@@ -152,7 +152,7 @@ def test_pulls_are_the_gradients_at_the_backbone(cfg):
     ctc, mine = ctc_loss(s.logits, t.batch(0).texts, CS), tap_mse(s.taps['transformer_out'], guide.taps['transformer_out'])
     a, b = (torch.autograd.grad(x, pivot, retain_graph=True)[0].flatten() for x in (ctc, mine))
     assert said['ctc_grad'] == pytest.approx(a.norm().item(), rel=1e-4) and said['kd_transformer_out_grad'] == pytest.approx(b.norm().item(), rel=1e-4)
-    assert said['kd_transformer_out_cosine'] == pytest.approx((a @ b/a.norm()/b.norm()).item(), abs=1e-4)
+    assert said['kd_transformer_out_grad_cosine'] == pytest.approx((a @ b/a.norm()/b.norm()).item(), abs=1e-4)
 
 
 def test_balance_holds_each_pull_at_a_multiple_of_ctcs(cfg):

@@ -56,7 +56,7 @@ def test_a_student_run_logs_every_term_and_its_teacher(student_cfg, teacher_run)
     run = train_kd(student_cfg)
     first, row = run.log.rows()[:2]
     taps = ('backbone_out', 'transformer_out', 'logits')
-    assert set(first) - set(row) == {'ctc_grad', *(f'kd_{t}_{x}' for t in taps for x in ('grad', 'cosine'))} # measured every probe_every steps
+    assert set(first) - set(row) == {'ctc_grad', *(f'kd_{t}_{x}' for t in taps for x in ('grad', 'grad_cosine'))} # measured every probe_every steps
     assert row['kd_logits_share'] == pytest.approx(row['kd_logits_weighted']/row['loss'])
     parts = ('', '_weighted', '_share')
     assert {f'kd_{t}{p}' for t in taps for p in parts} | {'ctc', 'loss', 'grad_norm', 'lr', 'step', 'epoch', 'seconds'} == set(row)
