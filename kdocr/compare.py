@@ -92,7 +92,7 @@ def read_log(path:str|Path # a run folder
 # %% ../nbs/50_compare.ipynb #cmp009
 def guided(cfg:Config) -> bool:
     "Whether a teacher has a say in the student's training, beyond the weights it may start from."
-    return cfg.mode == 'student' and bool(cfg.distill_weight and cfg.distill_taps and cfg.distill_terms or cfg.unlabelled != 'drop')
+    return cfg.distills or cfg.mode == 'student' and cfg.unlabelled != 'drop'
 
 def arm(cfg:Config) -> str:
     "The arm in plain words."
