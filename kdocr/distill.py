@@ -153,12 +153,13 @@ class TrainerDistill(Trainer):
         def pull(loss): return torch.autograd.grad(loss*scale, pivot, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
         def flat(g): return torch.zeros_like(pivot, dtype=torch.float32).flatten() if g is None else g.float().flatten()/scale
         ours, theirs = flat(pull(ctc)), {k: flat(pull(v)) for k, v in raw.items()}
-        norms = {k: g.norm() for k, g in {'ctc': ours, **theirs}.items()}
-        cosines = {f'{k}_grad_cosine': (g @ ours)/(norms[k]*norms['ctc']).clamp(min=1e-30) for k, g in theirs.items()}
-        self.ranks.mean_([*norms.values(), *cosines.values()])
+        dots = torch.stack([ours @ ours, *(g @ g for g in theirs.values()), *(g @ ours for g in theirs.values())]) # of the whole batch's gradient: a rank has its tracks' part of it
+        self.ranks.mean_([dots])
+        squares, along = (dots/self.ranks.world).split([1 + len(theirs), len(theirs)])
+        norms = dict(zip(('ctc', *theirs), squares.sqrt()))
         if self.cfg.balance:
             for k in raw: self.balance.follow(k, self.cfg.balance*norms['ctc']/norms[k], self.step == 0)
-        return {**{f'{k}_grad': v for k, v in norms.items()}, **cosines}
+        return {**{f'{k}_grad': v for k, v in norms.items()}, **{f'{k}_grad_cosine': v/(norms[k]*norms['ctc']).clamp(min=1e-30) for k, v in zip(theirs, along)}}
 
     def learn_too(self, s:TapOut, t:TapOut, batch:PlateBatch) -> dict[str, Tensor]:
         "The losses of a teacher that trains (Zhang et al. 2018, Deep mutual learning, eq. 7)."

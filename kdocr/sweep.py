@@ -41,7 +41,8 @@ def load_sweep(path:str|Path) -> Sweep:
 
 def _job(path, name, params, needs=None):
     cfg = make_config(params, f'{path}, {name}')
-    parse_terms(cfg.distill_terms, cfg.distill_taps)
+    try: parse_terms(cfg.distill_terms, cfg.distill_taps)
+    except KdocrError as e: raise KdocrError(f'{path}, {name}: {e}') from None
     if cfg.steps is None: raise KdocrError(f'{path}, {name}: steps: an experiment compares equal numbers of them, so they must be given')
     return Job(name, cfg.steps, params, needs)
 
