@@ -459,7 +459,7 @@ def loss_terms(*logs:pd.DataFrame) -> list[Term]: # CTC first, then the taps in 
     return [Term('ctc', 'ctc', 'ctc', TERMS['ctc'][0], TERMS['ctc'][1], '-')] * ('ctc' in columns) + found
 
 # %% ../nbs/56_inside.ipynb #0035
-WHATS = dict(raw='loss, raw', weighted='loss, weighted', share='share of the loss (%)', grad="norm of the term's gradient", cosine="cosine with CTC's gradient")
+WHATS = dict(raw='loss, raw', weighted='loss, weighted', share='share of the loss (%)', grad="gradient norm", cosine="cosine with CTC's gradient")
 
 def series(log:pd.DataFrame, key:str, # a term's key, or 'ctc'
            what:str                   # a key of `WHATS`

@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from kdocr.cli import main
-from kdocr.config import load_config
+from kdocr.config import load_config, make_config
 from kdocr.core import KdocrError
 from kdocr.sweep import load_sweep, sweep
+from kdocr.train_kd import train_kd
 from training import SMALL, drawn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +52,8 @@ def test_shipped_experiments_can_be_run(file, capsys):
 
 
 @pytest.mark.slow
-def test_the_smallest_experiment_ends_in_a_comparison_and_is_not_run_twice(tmp_path, capsys):
+def test_the_smallest_experiment_ends_in_a_comparison_and_is_not_run_twice(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('kdocr.sweep.run_jobs', lambda jobs, *_: [train_kd(make_config(j.params)) for j in jobs]) # the scheduler has its own tests (test_demo)
     file = write(tmp_path, base=dict(SMALL, data=drawn(), steps=4), seeds=[0])
     assert main(['sweep', str(file), '--cores', '2']) == 0
     said, kept = capsys.readouterr().out, json.loads((tmp_path/'out/compare/compare.json').read_text())
