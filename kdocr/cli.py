@@ -38,7 +38,7 @@ def sweep(a):
     from kdocr.sweep import load_sweep, sweep
     plan = load_sweep(a.file)
     if a.list: return print(*(f'{j.name}{f" (after {j.needs})" if j.needs else ""}: {j.steps} steps' for j in plan.jobs), sep='\n')
-    _compared(sweep(a.file, a.cores), plan.out/'compare', '')
+    _compared(sweep(plan, a.cores), plan.out/'compare', '')
 
 def _compared(runs, out, control):
     from kdocr.compare import compare_runs, find_runs, read_run
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         arg('--workers', type=int, metavar='N', help='processes; the arrays are the same for any number (default: one a core)'),
         arg('--skip-faulty', action='store_true', help='go on without the tracks that have a fault'))
     command(run, 'run a notebook headless; it is kept in the run folder, also on failure',
-        arg('notebook', metavar='NOTEBOOK', help='a path, or the name of a shipped one: train_kd, loss_curves, feature_alignment, recipes, benchmark'),
+        arg('notebook', metavar='NOTEBOOK', help='a path, or the name of a shipped one: train_kd, loss_curves, feature_alignment, errors, recipes, benchmark'),
         arg('-p', nargs=2, action='append', default=[], metavar=('KEY', 'VALUE'), help='set a parameter; give it again for the next one'),
         arg('--parameters', action='store_true', help='only list the parameters and their defaults'))
     command(report, 'one HTML file on finished runs: the arms, the verdict, the analysis notebooks',

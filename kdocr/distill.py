@@ -26,7 +26,7 @@ from .lattice import log_likelihood
 from .logit_terms import kl
 from .tapcache import TapCache, tap_cache
 from .terms import parse_terms, term_values
-from .run import RunFolder, load_checkpoint, load_model, shared_plates, state_hash
+from .run import RunFolder, load_checkpoint, model_of, shared_plates, state_hash
 from .train import Trainer, autocast, pick_device, read_frames
 
 # %% ../nbs/42_distill.ipynb #0005
@@ -47,7 +47,7 @@ def load_fitting(path:Path, cfg:Config, model_type:str, split_hash:str, held:Ten
         if held is None or 'seen' not in ckpt: expect['split_hash'] = split_hash # nobody knows: refused
         elif n := shared_plates(ckpt['seen'], held):
             raise KdocrError(f'{path}: split_hash is {ckpt["split_hash"]!r}, here it is {split_hash!r}: it was trained on {n} of the {len(held)} plates that validate or test here; seen_plates: accept takes it all the same')
-    return load_model(path, expect)
+    return model_of(ckpt, path, expect)
 
 # %% ../nbs/42_distill.ipynb #0008
 def new_model(cfg:Config, model_type:str) -> nn.Module:
@@ -187,10 +187,10 @@ def with_labels(cfg:Config, data:Data, teacher:nn.Module|None) -> tuple[Data, di
     if not open_rows: return data, {}
     about = dict(labelled=len(texts) - len(open_rows), unlabelled=len(open_rows))
     if cfg.unlabelled == 'read':
-        truth, sure = [data.train.pack.texts[data.train.rows[i]] for i in open_rows], 0
+        truth, right = [data.train.pack.texts[data.train.rows[i]] for i in open_rows], 0
         for i, t, (text, p) in zip(open_rows, truth, read_labels(teacher, data, cfg, open_rows)):
-            if text and p >= cfg.read_confidence: texts[i], sure = text, sure + (text == t)
+            if text and p >= cfg.read_confidence: texts[i], right = text, right + (text == t)
         read = sum(texts[i] is not None for i in open_rows)
-        about |= dict(read=read, right=sure if all(truth) else None)
+        about |= dict(read=read, right=right if all(truth) else None)
     rows = [i for i, t in enumerate(texts) if t is not None or cfg.distills]
     return replace(data, train=data.train.subset(rows, [texts[i] for i in rows])), about | dict(left_out=len(texts) - len(rows))

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, tensor
 from .core import KdocrError, moved
 from .charset import Charset
-from .ctc import check_spellable
+from .ctc import check_logits, check_spellable
 
 # %% ../nbs/34_lattice.ipynb #0005
 def _ids(logits, texts, charset): # (b,n) class of each character, 0 where padded; the one copy to the device
-    b, t, c = logits.shape
-    if c != len(charset): raise KdocrError(f'the model has {c} classes, the charset {len(charset)} (blank included)')
-    if b != len(texts): raise KdocrError(f'{b} rows of logits for {len(texts)} texts')
+    b, t, _ = check_logits(logits, texts, charset)
     texts = [x or '' for x in texts]
     check_spellable(texts, texts, charset, t)
     rows = [charset.encode(x) for x in texts]

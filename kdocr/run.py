@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'FREE', 'describe', 'plate_ids', 'shared_plates', 'on_disk', 'save_checkpoint', 'load_checkpoint',
-           'load_model', 'state_hash', 'environment', 'identity', 'RunLog', 'RunFolder']
+           'load_model', 'model_of', 'state_hash', 'environment', 'identity', 'RunLog', 'RunFolder']
 
 # %% ../nbs/40_run.ipynb #0002
 import fcntl, json, platform, shutil, subprocess, sys, time
@@ -76,7 +76,11 @@ def load_model(path:str|Path,       # a checkpoint
                expect:dict|None=None # values that the checkpoint must have, by key
               ) -> nn.Module:        # in eval mode, on the CPU
     "The model that a checkpoint holds, loaded strictly."
-    ckpt = load_checkpoint(path)
+    return model_of(load_checkpoint(path), path, expect)
+
+def model_of(ckpt:dict, path:str|Path, # the checkpoint, and the file that it was read from
+             expect:dict|None=None) -> nn.Module: # as `load_model` has it
+    "`load_model` of what has been read already."
     for key, want in (expect or {}).items():
         if ckpt[key] != want: raise KdocrError(f'{path}: {key} is {ckpt[key]!r}, needed is {want!r}: {_WHY[key]}')
     model = make_model(ckpt['model_type'], len(Charset(ckpt['charset'])))

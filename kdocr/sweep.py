@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 from .core import KdocrError, nearest
-from .config import Config, make_config, read_yaml
+from .config import make_config, read_yaml
 from .data import open_data
 from .terms import parse_terms
 from .compare import guided
@@ -61,11 +61,10 @@ def _controlled(path, arms):
         if guided(arms[cfg.control]): raise KdocrError(f'{path}, {name}: its control {cfg.control} learns from a teacher itself')
 
 # %% ../nbs/57_sweep.ipynb #t5700010
-def sweep(path:str|Path,
+def sweep(plan:Sweep,
           cores:int|None=None # runs at a time; None: one a core
          ) -> list[Path]:     # the students' run folders, finished
     "Run an experiment to its end. Raises `KdocrError` where a run failed, `Stopped` after a signal."
-    plan = load_sweep(path)
     for cfg in {str(j.params.get('data')): make_config(j.params) for j in plan.jobs if j.needs is None}.values(): open_data(cfg) # drawn and packed once, before many ask for it
     run_jobs(plan.jobs, plan.out, 'train_kd', cores or os.cpu_count())
     return [plan.out/name for name in plan.students]

@@ -9,6 +9,7 @@ __all__ = ['SCHEDULES', 'TERMS', 'Schedule', 'parse_schedule', 'options_of', 'as
 # %% ../nbs/37_terms.ipynb #t3700002
 import inspect, math, re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 from torch import Tensor
 from .core import KdocrError, nearest
@@ -57,6 +58,7 @@ def options_of(name:str) -> dict: # option -> default
     "What can be set of a term."
     return {k: p.default for k, p in inspect.signature(TERMS[name]).parameters.items() if p.kind == p.KEYWORD_ONLY}
 
+@cache # asked at every step
 def asks_for(name:str) -> list[str]:
     "What a term needs beside the two tensors: `s_chars` and `t_chars`, or `charset`."
     return [k for k, p in inspect.signature(TERMS[name]).parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD][2:]

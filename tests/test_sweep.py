@@ -59,5 +59,5 @@ def test_the_smallest_experiment_ends_in_a_comparison_and_is_not_run_twice(tmp_p
     said, kept = capsys.readouterr().out, json.loads((tmp_path/'out/compare/compare.json').read_text())
     assert 'control' in said and 'seed' in said and {a['arm'] for a in kept['arms']} >= {'control', 'seed'} and (tmp_path/'out/compare/forest.png').exists()
     before = {p: p.read_bytes() for p in (tmp_path/'out').rglob('metrics.jsonl')}
-    assert sweep(file) == [tmp_path/'out'/n for n in ('control-0', 'seed-0')] and before == {p: p.read_bytes() for p in before}
+    assert sweep(load_sweep(file)) == [tmp_path/'out'/n for n in ('control-0', 'seed-0')] and before == {p: p.read_bytes() for p in before}
     assert load_config(tmp_path/'out/seed-0/config.yaml').control == 'control'
