@@ -14,6 +14,6 @@ setup(
     license='Apache-2.0', python_requires=f">={cfg['min_python']}",
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=['kdocr', *notebooks], package_dir=notebooks,
-    package_data={'kdocr': ['configs/*.yaml', 'fonts/*'], **{name: ['*.ipynb'] for name in notebooks}},
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    package_data={'kdocr': ['configs/*.yaml', 'fonts/*', 'models/*'], **{name: ['*.ipynb', '*.yaml'] for name in notebooks}},
+    install_requires=cfg['requirements'].split(), extras_require={'export': cfg['export_requirements'].split(), 'dev': (cfg['dev_requirements'] + ' ' + cfg['export_requirements']).split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False)

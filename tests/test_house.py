@@ -72,7 +72,7 @@ def imports(tree, top_only=False):
 
 @pytest.mark.parametrize('module', MODULES, ids=lambda p: p.stem)
 def test_floors_hold(module):
-    "A module imports only modules of smaller numbers, by explicit names; models know no data, only floor 5 draws."
+    "A module imports only modules of smaller numbers, by explicit names; models know no data, only floors 5 and up draw."
     number = lambda m: int(source_notebook(m).name[:2])
     tree = ast.parse(module.read_text())
     for level, name, names in imports(tree):
@@ -85,7 +85,7 @@ def test_floors_hold(module):
             if floor(module) == 2: assert floor(other) in (0, 2), f'models know no data: {name}'
             if floor(module) == 3: assert floor(other) in (0, 3) or name == 'taps', f'objectives know taps and no model: {name}'
     drawing = {n.split('.')[0] for _, n, _ in imports(tree)} & {'matplotlib', 'seaborn', 'pandas', 'ipywidgets'}
-    assert floor(module) == 5 or not drawing, f'floor {floor(module)} imports {drawing}'
+    assert floor(module) >= 5 or not drawing, f'floor {floor(module)} imports {drawing}'
 
 
 @pytest.mark.slow
