@@ -438,8 +438,8 @@ def _look(model, images): # (b,f,3,h,w) -> {tap: (b,t,d)}
 def alignment_table(runs:list[Run],
                     tracks:int=256,        # validation tracks that are measured, at most
                     teacher:Path|None=None # for students that name none; None: the one that the others share
-                   ) -> tuple[pd.DataFrame, dict[str, str]]: # arm, run, seed, control, tap, cka, exact, n: a row a run and tap; and who is left out, why
-    "Debiased CKA between each student and its teacher on the same held-out tracks, beside the student's accuracy."
+                   ) -> tuple[pd.DataFrame, dict[str, str]]: # arm, run, seed, control, tap, cka, n, exact, lo, hi, tracks: a row a run and tap; and who is left out, why
+    "Debiased CKA between each student and its teacher on `n` held-out tracks, beside the student's exact match on `tracks`, with its 95 % interval (Wilson)."
     students = [r for r in runs if r.cfg.mode == 'student']
     shared = {str(r.cfg.teacher_checkpoint): r for r in students if r.cfg.teacher_checkpoint}
     rows, missing, views, taught, otherwise = [], {}, {}, {}, teacher or (Path([*shared][0]) if len(shared) == 1 else None)
@@ -452,10 +452,11 @@ def alignment_table(runs:list[Run],
                 known, t = taught[path, key]
                 if r.facts.get('teacher_hash') not in (None, known): raise KdocrError(f'{path} is another teacher now: {known}, it was {r.facts["teacher_hash"]}')
                 s = _look(load_model(RunFolder(r.path).best), lr)
+                lo, hi = wilson(sum(p.right for p in r.preds), len(r.preds))
                 rows += [dict(arm=a.name, run=r.path.name, seed=r.cfg.seed, control=not guided(r.cfg), tap=k, cka=linear_cka(align_steps(s[k], t[k].shape[1]), t[k]),
-                              exact=recognition_rate(r.preds), n=len(lr)) for k in t]
+                              n=len(lr), exact=recognition_rate(r.preds), lo=lo, hi=hi, tracks=len(r.preds)) for k in t]
             except KdocrError as e: missing[str(r.path)] = str(e)
-    return pd.DataFrame(rows, columns=['arm', 'run', 'seed', 'control', 'tap', 'cka', 'exact', 'n']), missing
+    return pd.DataFrame(rows, columns=['arm', 'run', 'seed', 'control', 'tap', 'cka', 'n', 'exact', 'lo', 'hi', 'tracks']), missing
 
 # %% ../nbs/50_compare.ipynb #cmp056
 def term_shares(log:pd.DataFrame # a run's log

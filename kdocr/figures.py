@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'STARTS', 'STYLE', 'THICK', 'THIN', 'CUTS', 'use_style', 'arm_styles', 'term_columns', 'plot_losses',
-           'plot_over_steps', 'plot_arms', 'plot_forest', 'cut', 'plot_cut', 'plot_alignment', 'plot_taps',
-           'plot_cka_accuracy', 'plot_fidelity', 'plot_spikes', 'plot_readings', 'save_figure']
+           'plot_over_steps', 'plot_arms', 'plot_forest', 'cut', 'plot_taps', 'plot_spikes', 'plot_readings',
+           'save_figure']
 
 # %% ../nbs/51_figures.ipynb #0002
 import textwrap
@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.transforms import ScaledTranslation
-from scipy.stats import spearmanr
 from .metrics import by_position, grouped, height_bin, wilson
 
 # %% ../nbs/51_figures.ipynb #0005
@@ -151,60 +150,23 @@ def plot_forest(gains:pd.DataFrame, # as `compare.comparisons` makes it
 # %% ../nbs/51_figures.ipynb #0014
 CUTS = {'height': 'LR height (pixels)', 'position': 'character position', 'layout': 'plate layout', 'scenario': 'scenario'}
 
-def cut(arms:dict[str, list], # label -> readings
-        by:str                # 'height', 'position', 'layout' or 'scenario'
-       ) -> pd.DataFrame:     # arm, group, n, rr, lo, hi
-    "Exact match of each arm by group; by position, the share of characters that are right."
+def cut(arms:dict[str, list[list]], # label -> the readings of each of its seeds
+        by:str                      # 'height', 'position', 'layout' or 'scenario'
+       ) -> pd.DataFrame:           # arm, group, n (of a seed), rr, lo, hi
+    "Exact match of each arm by group; by position, the share of right characters. One seed with its 95 % interval (Wilson), several as mean and range."
     def groups(preds):
         if by == 'position': return by_position(preds)
         return grouped(preds, (lambda p: height_bin(p.height)) if by == 'height' else (lambda p: getattr(p, by)))
-    return pd.DataFrame([dict(arm=a, group=g, n=v['n'], rr=v['rr'], lo=w[0], hi=w[1])
-                         for a, preds in arms.items() for g, v in groups(preds).items() for w in [wilson(v['right'], v['n'])]])
-
-def plot_cut(frame:pd.DataFrame, # as `cut` makes it
-             by:str, ax=None):
-    "Accuracy by group, an arm a line, with 95 % intervals."
-    ax = ax or plt.subplots()[1]
-    counts = frame.groupby('group', sort=False).n.max()
-    looks = arm_styles(dict.fromkeys(frame.arm))
-    for i, (a, look) in enumerate(looks.items()):
-        f = frame[frame.arm == a].set_index('group').reindex(counts.index)
-        x = np.arange(len(f)) + .06 * (i - (len(looks) - 1) / 2)
-        ax.errorbar(x, 100 * f.rr, yerr=100 * np.stack([f.rr - f.lo, f.hi - f.rr]).clip(0), fmt='o', ms=5, mfc='white' if look['linestyle'] == '--' else look['color'],
-                    elinewidth=1, label=a, **look)
-    same = counts.nunique() == 1
-    ax.set(xticks=range(len(counts)), xticklabels=[f'{g or "?"}' + (f'\nn={n}' if not same else '') for g, n in counts.items()], xlabel=CUTS[by] + (f' (n = {counts.iloc[0]} each)' if same else ''),
-           ylabel='right characters (%)' if by == 'position' else 'exact match (%)', ylim=(0, 102))
-    return ax
-
-# %% ../nbs/51_figures.ipynb #0017
-def _strip(ax, image, width, left, right='', **kw):
-    im = ax.imshow(image, extent=(0, width, 1, 0), aspect='auto', interpolation='nearest', **kw)
-    ax.set(xticks=[], yticks=[])
-    ax.grid(False)
-    ax.set_ylabel(left, rotation=0, ha='right', va='center', fontsize=8)
-    ax.text(1.01, .5, right, transform=ax.transAxes, va='center', fontsize=7.5)
-    return im
-
-def plot_alignment(axes,               # 3 + 2 per student, from the top
-                   hr, lr,             # (H,W,3): what the teacher and the students see
-                   teacher,            # (t,3) colours in 0..1
-                   students:dict,      # label -> (t,3) colours in 0..1
-                   cosines:dict,       # label -> (t,) cosine with the teacher
-                   title:str='',
-                   names:bool=True):   # name the rows, as the first of several columns does
-    "Pictures, maps and cosines of one plate, in one column of axes that share the plate's width; the mean cosine stands at the right."
-    w, strips = hr.shape[1], iter(axes)
-    name = (lambda n: n) if names else (lambda n: '')
-    top = next(strips)
-    _strip(top, hr, w, name('HR, the teacher sees'))
-    top.set_title(title)
-    _strip(next(strips), lr, w, name('LR, the students see'))
-    _strip(next(strips), teacher[None], w, name('teacher'))
-    for label, colours in students.items():
-        _strip(next(strips), colours[None], w, name(label))
-        im = _strip(next(strips), cosines[label][None], w, name('cosine'), f'{cosines[label].mean():.2f}', cmap='cividis', vmin=0, vmax=1)
-    return im
+    def ends(each): # the same group of each seed
+        return wilson(each[0]['right'], each[0]['n']) if len(each) == 1 else (min(v['rr'] for v in each), max(v['rr'] for v in each))
+    rows = []
+    for a, seeds in arms.items():
+        found = [groups(preds) for preds in seeds]
+        for g in found[0]:
+            each = [f[g] for f in found if g in f]
+            lo, hi = ends(each)
+            rows.append(dict(arm=a, group=g, n=each[0]['n'], rr=float(np.mean([v['rr'] for v in each])), lo=lo, hi=hi))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/51_figures.ipynb #001a
 def plot_taps(frame:pd.DataFrame, # arm, tap, and the measure
@@ -221,35 +183,6 @@ def plot_taps(frame:pd.DataFrame, # arm, tap, and the measure
     ax.set_ylabel(ylabel)
     ax.grid(axis='x', visible=False)
     ax.legend(ncols=3, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1))
-    return ax
-
-# %% ../nbs/51_figures.ipynb #001d
-def plot_cka_accuracy(frame:pd.DataFrame, # arm, tap, cka, exact
-                      ax=None):
-    "Alignment against accuracy: a colour a tap, a shape an arm, hollow for a control."
-    ax = ax or plt.subplots()[1]
-    shapes = dict(zip(dict.fromkeys(frame.arm), 'osD^vP*X'))
-    for r in frame.itertuples():
-        c = TERMS[r.tap][1]
-        ax.plot(r.cka, 100 * r.exact, shapes[r.arm], ms=7, color=c, mfc='white' if 'control' in r.arm else c)
-    for a, shape in shapes.items(): ax.plot([], [], shape, color='0.4', mfc='white' if 'control' in a else '0.4', label=a)
-    for t in dict.fromkeys(frame.tap): ax.plot([], [], 's', ms=4, color=TERMS[t][1], label=TERMS[t][0])
-    ax.set(xlabel='debiased linear CKA with the teacher', ylabel='exact match (%)')
-    ax.legend(loc='center left', bbox_to_anchor=(1, .5), fontsize=8)
-    return ax
-
-# %% ../nbs/51_figures.ipynb #3b314408
-def plot_fidelity(frame:pd.DataFrame, # arm, tap, cka, exact, control (whether the arm is one); a row a run and tap
-                  tap:str,            # 'backbone_out', 'transformer_out' or 'logits'
-                  ax=None):
-    "Accuracy against alignment at one tap, a dot a run."
-    ax, points = ax or plt.subplots()[1], frame[frame.tap == tap]
-    for i, a in enumerate(dict.fromkeys(frame.arm)):
-        p, c = points[points.arm == a], STARTS[i % len(STARTS)]
-        ax.plot(p.cka, 100 * p.exact, 'osD^vP*X'[i % 8], ms=6, color=c, mfc='white' if p.control.any() else c, mew=1.4, label=a)
-    rho = spearmanr(points.cka, points.exact).statistic if min(points.cka.nunique(), points.exact.nunique()) > 1 else np.nan
-    ax.set(xlabel='debiased linear CKA with the teacher', ylabel='exact match (%)')
-    ax.set_title(f'{TERMS[tap][0]}: ' + (f'Spearman {rho:+.2f}' if rho == rho else 'no correlation') + f' (n = {len(points)} runs)', fontsize=8.5)
     return ax
 
 # %% ../nbs/51_figures.ipynb #0020

@@ -9,9 +9,9 @@ __all__ = ['MORE', 'MARKERS', 'LONG', 'LAYERS', 'KINDS', 'GAP', 'NOT_IMPLIED', '
            'keep', 'picture', 'widest_channels', 'tap_strips', 'channel_strips', 'attention_strips', 'quartiles',
            'plot_by_step', 'plot_layers', 'channel_frame', 'plot_channels', 'plot_heads', 'fusion_frame', 'plot_fusion',
            'mark_disagreement', 'plot_alike_accurate', 'Seen', 'see', 'align_looks', 'not_comparable', 'Term',
-           'loss_terms', 'series', 'over_seeds', 'smoothing', 'Curve', 'read_curve', 'Arm', 'arms_of', 'draw_series',
-           'smoothed_how', 'plot_terms', 'plot_runs', 'column', 'by_frames', 'frames_table', 'plot_groups',
-           'plot_frames', 'edits', 'confusion', 'plot_confusion', 'reliability', 'calibration_error',
+           'loss_terms', 'series', 'over_seeds', 'smoothing', 'Curve', 'read_curve', 'Arm', 'arm_labels', 'by_arm',
+           'arms_of', 'draw_series', 'smoothed_how', 'plot_terms', 'plot_runs', 'column', 'by_frames', 'frames_table',
+           'plot_groups', 'plot_frames', 'edits', 'confusion', 'plot_confusion', 'reliability', 'calibration_error',
            'plot_reliability', 'missed', 'changes', 'plot_changes', 'plot_plates', 'differing']
 
 # %% ../nbs/56_inside.ipynb #0002
@@ -386,9 +386,9 @@ def mark_disagreement(axes,           # as `plot_spikes` returned them; the firs
 # %% ../nbs/56_inside.ipynb #002e
 NOT_IMPLIED = 'Alike does not imply accurate, nor accurate alike: a student may copy the teacher\'s geometry and misread, or read well in axes of its own.'
 
-def plot_alike_accurate(frame:pd.DataFrame, # arm, tap, cka, exact, lo, hi, tracks
+def plot_alike_accurate(frame:pd.DataFrame, # arm, control (whether it is one), tap, cka, exact, lo, hi, tracks: a row a run and tap
                         measure:str='cka', xlabel:str='debiased linear CKA with the teacher'):
-    "Alignment against accuracy, a panel a tap, a point a run with its 95 % interval. Returns the figure."
+    "Alignment against accuracy, a panel a tap, a point a run with its 95 % interval, hollow for a control. Returns the figure."
     frame = frame[frame[measure].notna()]
     taps, looks = [t for t in TERMS if t in set(frame.tap)], run_looks(frame.arm)
     fig, axs = plt.subplots(1, len(taps), figsize=(9.5, 3.4), sharey=True, squeeze=False)
@@ -396,13 +396,14 @@ def plot_alike_accurate(frame:pd.DataFrame, # arm, tap, cka, exact, lo, hi, trac
         rows = frame[frame.tap == tap]
         for r in rows.itertuples():
             k = looks[r.arm]
-            ax.errorbar(r._asdict()[measure], 100*r.exact, yerr=[[100*max(0, r.exact - r.lo)], [100*max(0, r.hi - r.exact)]], fmt=k['marker'], ms=7, color=k['color'], mfc='white' if k['linestyle'] == '--' else k['color'], elinewidth=.8, label=r.arm)
+            ax.errorbar(r._asdict()[measure], 100*r.exact, yerr=[[100*max(0, r.exact - r.lo)], [100*max(0, r.hi - r.exact)]], fmt=k['marker'], ms=7, color=k['color'], mfc='white' if r.control else k['color'], elinewidth=.8, label=r.arm)
         rho = f', rank correlation {spearmanr(rows[measure], rows.exact).statistic:+.2f}' if len(rows) > 3 and rows.exact.nunique() > 1 and rows[measure].nunique() > 1 else ''
         ax.set(xlabel=f'{xlabel}\n(n = {len(rows)} runs)', ylim=(-3, None))
         ax.set_title(f'{TERMS[tap][0]}{rho}', color=TERMS[tap][1])
     n = '/'.join(str(x) for x in dict.fromkeys(frame.tracks))
     axs[0, 0].set_ylabel(f'exact match (%)\nn = {n} tracks')
-    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8)
+    once = dict(zip(*axs[0, 0].get_legend_handles_labels()[::-1]))
+    fig.legend(once.values(), once, loc='outside lower center', ncols=min(4, len(once)) if max(map(len, once)) < 25 else 2, fontsize=8)
     fig.suptitle(NOT_IMPLIED, x=.01, ha='left', fontsize=8.5)
     return fig
 
@@ -514,15 +515,21 @@ class Arm(NamedTuple):
     label:str
     logs:list[pd.DataFrame]
 
+def arm_labels(cfgs:list[Config], paths:list[Path]) -> list[str]: # of each run: equal where only seed and name differ
+    "A label for the arm that each run belongs to."
+    names = labels([c.model_copy(update=dict(seed=0)) for c in cfgs])
+    first = {n: (c, p) for n, c, p in reversed(list(zip(names, cfgs, paths)))}
+    return [n if len(n) <= LONG else f'{arm_name(first[n][0])}, {Path(first[n][1]).name}' for n in names]
+
+def by_arm(cfgs:list[Config], paths:list[Path], items:list) -> dict[str, list]: # label -> the items of its runs
+    "What belongs to runs, by arm; the label says how many seeds there are."
+    names = arm_labels(cfgs, paths)
+    found = {n: [x for m, x in zip(names, items) if m == n] for n in names}
+    return {n if len(xs) == 1 else f'{n}, {len(xs)} seeds': xs for n, xs in found.items()}
+
 def arms_of(curves:list[Curve]) -> list[Arm]:
     "Runs with the same settings but for the seed, together; the label says how many."
-    cfgs, logs = [c.cfg.model_copy(update=dict(seed=0)) for c in curves], [c.log for c in curves]
-    names = labels(cfgs)
-    first = {n: c for n, c in reversed(list(zip(names, curves)))}
-    short = {n: n if len(n) <= LONG else f'{arm_name(c.cfg)}, {c.path.name}' for n, c in first.items()}
-    names = [short[n] for n in names]
-    found = {n: [l for m, l in zip(names, logs) if m == n] for n in names}
-    return [Arm(n if len(ls) == 1 else f'{n}, {len(ls)} seeds', ls) for n, ls in found.items()]
+    return [Arm(n, logs) for n, logs in by_arm([c.cfg for c in curves], [c.path for c in curves], [c.log for c in curves]).items()]
 
 def draw_series(ax, runs:list[pd.Series], window:int, label:str, **look) -> None:
     "One quantity of an arm: every step behind its running median, or the mean over seeds in their band."
@@ -600,7 +607,7 @@ def frames_table(readings:dict[str, dict[int, list[Prediction]]] # reader -> `by
 
 def plot_groups(frame:pd.DataFrame, # arm, group, n, rr, lo, hi: as `figures.cut` makes it
                 xlabel:str, ylabel:str='exact match (%)', ax=None):
-    "A line a reader over groups of tracks, with 95 % intervals and the number of tracks."
+    "A line an arm over groups of tracks, with what `cut` says of its spread, and the number of tracks."
     ax = ax or plt.subplots()[1]
     counts = frame.groupby('group', sort=False).n.max()
     same, place = counts.nunique() == 1, {g: i for i, g in enumerate(counts.index)}

@@ -15,8 +15,8 @@ import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
 from .core import atomic_write, read_json
-from .compare import Run, arms_table, comparisons, labels, pct, read_run, verdict
-from .figures import cut, plot_arms, plot_cut, save_figure, use_style
+from .compare import Run, arms_table, comparisons, pct, read_run, verdict
+from .figures import plot_arms, save_figure, use_style
 from .notebooks import finish, start_notebook
 from .run import RunFolder
 
@@ -93,24 +93,17 @@ def figure_html(fig, alt:str) -> str:
 
 # %% ../nbs/53_report.ipynb #000c
 def summary_html(runs:list[Run], figures:Path) -> list[str]:
-    "Verdict, tables, and the figures of the arms."
-    said, table, arms = verdict(runs), arms_table(runs), dict(zip(labels([r.cfg for r in runs]), runs))
-    students = {a: r.preds for a, r in arms.items() if r.cfg.mode == 'student'}
+    "Verdict, tables, and the figure of the arms."
+    said, table = verdict(runs), arms_table(runs)
     parts = ['<div class=verdict>' + ''.join(f'<p>{html.escape(s)}</p>' for s in said) + '</div>', f'<div class=scroll>{arms_html(table)}</div>']
     def add(fig, name, alt): save_figure(fig, figures, name); parts.append(figure_html(fig, alt))
     fig, ax = plt.subplots(figsize=(8, .6 + .36 * len(table)))
     add(plot_arms(table, ax).figure, 'arms', 'Exact match of each arm with its 95 % interval')
     if len(gains := comparisons(runs)): parts += ['<h2>Distilled against its control</h2>', '<p>Same start, same steps, same data, same seed; only the distillation differs. Track by track.</p>', f'<div class=scroll>{comparisons_html(gains)}</div>']
-    if students:
-        parts += ['<h2>Where the errors are</h2>', '<p>The same readings by the height of the low-resolution picture as stored, and by position in the text.</p>']
-        fig, axs = plt.subplots(1, 2, figsize=(9.5, 3.3), width_ratios=(3, 4))
-        for ax, by in zip(axs, ('height', 'position')): plot_cut(cut(students, by), by, ax)
-        fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper left', ncols=4, fontsize=8)
-        add(fig, 'errors', 'Accuracy by LR height and by character position')
     return parts
 
 # %% ../nbs/53_report.ipynb #000f
-ANALYSES = ('feature_alignment', 'loss_curves')
+ANALYSES = ('errors', 'feature_alignment', 'loss_curves')
 
 def made_of(runs:list[Run]) -> str:
     "The small print: which folders, versions, machine and data."

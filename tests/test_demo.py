@@ -92,4 +92,4 @@ def test_the_quick_demo_goes_on_after_a_kill_and_tells_who_won(tmp_path):
     page = (tmp_path/'demo/report.html').read_text()
     assert page.count('<img') >= 8 and page.index(said[0]) < page.index('<table') < page.index('<img')
     assert not re.search(r'(src|href)="(?!data:|#)', page) and 'import matplotlib' not in page and 'Traceback' not in page
-    assert {'arms', 'errors', 'loss_curves', 'maps_logits', 'alignment', 'spikes'} <= {p.stem for p in (tmp_path/'demo/report/figures').iterdir()}
+    assert {'arms', 'errors_by', 'loss_curves', 'maps_logits', 'alignment', 'spikes'} <= {p.stem for p in (tmp_path/'demo/report/figures').iterdir()}

@@ -171,7 +171,7 @@ def test_the_raster_marks_what_differs():
     assert [hexed(t.get_color()) for t in axes[1].texts] == ['#B2182B', '#000000'] and 'spoken –' in axes[1].get_title(loc='left') and 'blank 25%' in axes[0].get_title(loc='left')
 
 def test_alike_and_accurate():
-    f = pd.DataFrame([dict(arm=a, tap=t, cka=.1 + .2*i, exact=.2*i, lo=.2*i, hi=.2*i + .1, tracks=50) for i, a in enumerate(ARMS) for t in list(TERMS)[1:]])
+    f = pd.DataFrame([dict(arm=a, control=i == 0, tap=t, cka=.1 + .2*i, exact=.2*i, lo=.2*i, hi=.2*i + .1, tracks=50) for i, a in enumerate(ARMS) for t in list(TERMS)[1:]])
     fig = plot_alike_accurate(f)
     assert len(fig.axes) == 3 and all('n = 3 runs' in ax.get_xlabel() and 'rank' not in ax.get_title(loc='left') for ax in fig.axes) and 'n = 50 tracks' in fig.axes[0].get_ylabel()
     points = [l for l in fig.axes[0].lines if l.get_marker() in 'osD']
