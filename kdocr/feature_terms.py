@@ -13,7 +13,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .alignment import _hsic
+from .taps import wide
+from .alignment import hsic
 from .core import KdocrError, nearest
 
 # %% ../nbs/35_feature_terms.ipynb #0005
@@ -23,8 +24,7 @@ def _term(f):
     def term(s, t, *args, **options):
         if s.ndim != 3 or s.shape != t.shape:
             raise KdocrError(f'{f.__name__}: student {tuple(s.shape)} and teacher {tuple(t.shape)} must be of one shape (b,t,d)')
-        dtype = torch.float64 if s.dtype == torch.float64 else torch.float32
-        with torch.autocast(s.device.type, enabled=False): return f(s.to(dtype), t.detach().to(dtype), *args, **options)
+        with torch.autocast(s.device.type, enabled=False): return f(s := wide(s), t.detach().to(s.dtype), *args, **options)
     return term
 
 def _unit(x, tiny=1e-12): # along the last dimension
@@ -171,8 +171,8 @@ def cka(s:Tensor, t:Tensor, # (b,t,d), b*t >= 4
     "1 - debiased linear CKA over the batch's steps. Raises `KdocrError` for fewer than 4 steps in all, and where shapes differ."
     if s.shape[:2].numel() < 4: raise KdocrError(f'cka: {s.shape[:2].numel()} steps; the unbiased estimate needs 4')
     s, t = _cloud(s), _cloud(t)
-    ss, tt = _hsic(s, s), _hsic(t, t)
-    return 1 - _hsic(s, t)*torch.where((ss > 1e-7) & (tt > 1e-7), ss*tt, math.inf).rsqrt()
+    ss, tt = hsic(s, s), hsic(t, t)
+    return 1 - hsic(s, t)*torch.where((ss > 1e-7) & (tt > 1e-7), ss*tt, math.inf).rsqrt()
 
 def _cloud(x): # (b,t,d) -> (b*t,d), mean 0 and sum of squares 1; all zero where nothing varies but by rounding
     x = x.flatten(0, 1)

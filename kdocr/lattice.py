@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, tensor
 from .core import KdocrError, moved
 from .charset import Charset
+from .taps import wide
 from .ctc import check_logits, check_spellable
 
 # %% ../nbs/34_lattice.ipynb #0005
@@ -96,5 +97,5 @@ def spell(x:Tensor,     # (b,t,d) features, or probabilities
     "What `x` holds at each character: the mean over its steps."
     if (x.shape[0], x.shape[1]) != (where.shape[0], where.shape[2]):
         raise KdocrError(f'spell: {x.shape[1]} steps on {x.shape[0]} tracks, but {where.shape[2]} on {where.shape[0]} where they are said')
-    x = x if x.dtype == torch.float64 else x.float()
+    x = wide(x)
     return where.to(x.dtype) @ x

@@ -13,17 +13,16 @@ from torch import Tensor, tensor
 from torch.nn import functional as F
 from .core import KdocrError, moved, nearest
 from .charset import Charset
+from .taps import wide
 from .ctc import greedy
 from .lattice import Chars, log_likelihood, spell
 
 # %% ../nbs/36_logit_terms.ipynb #0005
 STEPS = 'all', 'spoken', 'either'
 
-def _wide(x): return x if x.dtype == torch.float64 else x.float()
-
 def _pair(s, t): # both wide, the teacher a constant
     if s.shape != t.shape: raise KdocrError(f'logits differ: the student {tuple(s.shape)}, the teacher {tuple(t.shape)}')
-    return _wide(s), _wide(t.detach())
+    return wide(s), wide(t.detach())
 
 def _ask(steps='all', temperature=1., confidence=0., **weights): # raises KdocrError for what is out of range
     if steps not in STEPS: raise KdocrError(f'steps: {steps!r}{nearest(steps, STEPS)}')
