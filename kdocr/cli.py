@@ -67,9 +67,9 @@ def run(a):
     print(run_notebook(notebook, folder, params, a.timeout))
 
 def runs(a):
-    from kdocr.index import index_text, read_runs, select
+    from kdocr.index import index_text, read_runs, select, settings
     rows = select(read_runs(a.results), a.filter, a.sort, a.reverse)
-    if a.json: print(json.dumps(rows, indent=2, ensure_ascii=False))
+    if a.json: print(json.dumps([{**r, 'config': settings(r)} for r in rows], indent=2, ensure_ascii=False, default=str))
     else: print(index_text(rows))
 
 # %% ../nbs/69_cli.ipynb #06490ff8

@@ -87,7 +87,7 @@ def check_parameters(notebook:Path, params:dict) -> dict: # the same names, valu
         if name not in known: raise KdocrError(f'{notebook.name}: no parameter {name!r}{nearest(name, known)}')
     return {k: cast(k, v, known[k]) for k, v in params.items()}
 
-# %% ../nbs/52_notebooks.ipynb #6ce45ea7
+# %% ../nbs/52_notebooks.ipynb #4e602cea
 HEAD, TAIL, LONG = 100, 100, 2000 # lines of a cell's output that its notebook keeps, and characters of a line
 _CONTROL = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
 
@@ -113,7 +113,7 @@ class Screen:
 
 def _last(line): return next((part for part in reversed(line.split('\r')) if part), '')
 
-# %% ../nbs/52_notebooks.ipynb #7d0cd644
+# %% ../nbs/52_notebooks.ipynb #b4db094f
 PACE = 30 # seconds between two lines of a log on a bar
 
 class Log:
@@ -137,7 +137,7 @@ class Log:
         try: self.file.close()
         except OSError: pass # what could not be written is lost, and was
 
-# %% ../nbs/52_notebooks.ipynb #544dcae9
+# %% ../nbs/52_notebooks.ipynb #c35f98fe
 RENEW = 2 # seconds
 
 class Asked(Exception): "The notebook is to stop before its next cell."
@@ -158,7 +158,7 @@ class Client(PapermillNotebookClient):
             self.run.screens[name] = Screen(self.run.log.path.name)
         screen = self.run.screens[name]
         self.run.log.write(*screen.feed(text))
-        self.run.log.bar(_last(screen.line))
+        if '\r' in text: self.run.log.bar(_last(screen.line))
         out.text = screen.text
         return out
 
@@ -176,7 +176,7 @@ class Client(PapermillNotebookClient):
             await asyncio.sleep(RENEW)
             if self.run.changed: self.nb_man.save()
 
-# %% ../nbs/52_notebooks.ipynb #9640f549
+# %% ../nbs/52_notebooks.ipynb #dcea19c5
 class Manager(NotebookExecutionManager):
     "papermill's keeper of cell states, which saves as its run does."
     def __init__(self, nb, run):
@@ -199,7 +199,7 @@ class Engine(NBClientEngine):
 
 papermill_engines.register('kdocr', Engine)
 
-# %% ../nbs/52_notebooks.ipynb #427799a8
+# %% ../nbs/52_notebooks.ipynb #8216b1dd
 def alone(folder:Path, what:str # what is to run there, for others to read
          ) -> ExitStack:        # closing it lets go
     "Take the folder for one run. Raises `Outside` naming who is at work there."
@@ -226,7 +226,7 @@ def _listen(folder, before):
             raise Outside(f'{folder}: another process is at work on this run ({Path(now["notebook"]).name}, pid {now["pid"]} on {now["host"]})')
         time.sleep(1)
 
-# %% ../nbs/52_notebooks.ipynb #bc0d8622
+# %% ../nbs/52_notebooks.ipynb #f567a173
 class Traces:
     "What a notebook leaves in its folder while it runs."
     def __init__(self, notebook:Path, # the source
@@ -262,7 +262,7 @@ class Traces:
             if e.errno not in FULL: raise
             self.unsaved = e
 
-# %% ../nbs/52_notebooks.ipynb #134afa99
+# %% ../nbs/52_notebooks.ipynb #48d45328
 _FULL_SAID = tuple(os.strerror(n) for n in FULL)
 
 def how_it_ended(e:Exception # what executing it raised
@@ -278,7 +278,7 @@ def how_it_ended(e:Exception # what executing it raised
 
 def one_line(text) -> str: return ' '.join(str(text).split())[:500]
 
-# %% ../nbs/52_notebooks.ipynb #2ae31132
+# %% ../nbs/52_notebooks.ipynb #c0ff3c6c
 class TimedOut(KdocrError):
     "A notebook took longer than it was given."
     exit_code = 124 # as timeout(1) has it
@@ -334,7 +334,7 @@ class NotebookRun(Traces):
         self.say(cell=self.cell if cell is None else cell)
         if self.status: self.status.end(self.state, error=said)
 
-# %% ../nbs/52_notebooks.ipynb #8cd6152e
+# %% ../nbs/52_notebooks.ipynb #3a42716a
 def _papermill(run):
     sockets = tempfile.mkdtemp(prefix='kdocr-')
     class Kernels(AsyncKernelManager):
@@ -351,7 +351,7 @@ def _papermill(run):
     finally: shutil.rmtree(sockets, ignore_errors=True)
     if run.unsaved: raise run.unsaved
 
-# %% ../nbs/52_notebooks.ipynb #9d999226
+# %% ../nbs/52_notebooks.ipynb #a1fc858f
 def interrupt(runs:list[NotebookRun], grace:float=30, # seconds before the kernel is killed
               why:str='stopped') -> None:             # or timeout
     "Ask running notebooks to stop, and wait until they have."
@@ -360,7 +360,7 @@ def interrupt(runs:list[NotebookRun], grace:float=30, # seconds before the kerne
     finally: # also when the user does not want to wait
         for r in runs: r.signal(signal.SIGKILL)
 
-# %% ../nbs/52_notebooks.ipynb #386002b3
+# %% ../nbs/52_notebooks.ipynb #98b8219c
 def start_notebook(notebook:str|Path,     # a path, or a shipped notebook's name
                    out:str|Path,          # folder that keeps the executed notebook
                    params:dict|None=None, # values for its parameters; strings are cast
@@ -376,7 +376,7 @@ def start_notebook(notebook:str|Path,     # a path, or a shipped notebook's name
         return NotebookRun(notebook, kept, params, timeout, own)
     except OSError as e: raise (Outside if e.errno in FULL else KdocrError)(f'{kept.parent}: cannot be written to ({e.strerror})') from None
 
-# %% ../nbs/52_notebooks.ipynb #0970e8f7
+# %% ../nbs/52_notebooks.ipynb #e1028546
 def finish(runs:list[NotebookRun],
            desc:str='notebooks' # for the bar, which counts cells
           ) -> list[Path]:      # the executed notebooks
