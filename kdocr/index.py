@@ -6,7 +6,7 @@
 __all__ = ['END', 'COLUMNS', 'run_folders', 'log_end', 'at_work', 'run_state', 'settings', 'read_run_row', 'total_steps',
            'read_runs', 'select', 'age_said', 'index_text']
 
-# %% ../nbs/59_index.ipynb #95269f3d
+# %% ../nbs/59_index.ipynb #bca27248
 import fcntl, json, math, os, re, time
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -16,7 +16,7 @@ from .core import KdocrError, nearest
 from .config import Config
 from .status import FILE, status_state
 
-# %% ../nbs/59_index.ipynb #c58c9ba2
+# %% ../nbs/59_index.ipynb #b44ca801
 def run_folders(results:str|Path # a run folder, a folder of run folders, or a folder of those
                ) -> list[Path]:
     "The run folders there, by name. Raises `KdocrError` where there is no such folder."
@@ -31,7 +31,7 @@ def run_folders(results:str|Path # a run folder, a folder of run folders, or a f
     if not found and is_run(results): return [results]
     return sorted(map(Path, found))
 
-# %% ../nbs/59_index.ipynb #10991897
+# %% ../nbs/59_index.ipynb #801e20c2
 END = 1 << 16 # bytes of a log that are read
 
 def log_end(path:str|Path # metrics.jsonl, perhaps being written
@@ -47,7 +47,7 @@ def log_end(path:str|Path # metrics.jsonl, perhaps being written
     scored = end.rfind(b'"val_rr"')
     return line(len(end) - 2) if end else {}, line(scored) if scored >= 0 else {}
 
-# %% ../nbs/59_index.ipynb #99e05876
+# %% ../nbs/59_index.ipynb #c0719524
 def _read(folder, name, parse):
     try:
         with open(f'{folder}/{name}', encoding='utf-8') as f: return parse(f.read()), os.fstat(f.fileno()).st_mtime
@@ -69,26 +69,33 @@ def run_state(folder, status:dict, scored:bool, newer:bool, # whether there are 
     if status: return status_state(status)
     return 'running' if at_work(folder) else 'stopped' if begun else 'new'
 
-# %% ../nbs/59_index.ipynb #56b67e67
+# %% ../nbs/59_index.ipynb #ee98f520
 _Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader) # ten times as fast, where PyYAML was built with it
+
+def _mapping(text, parse): # an empty file is damaged too
+    values = parse(text)
+    if not isinstance(values, dict) or not values: raise ValueError('no keys and values')
+    return values
+
+def _whole(text): return _mapping(text, lambda s: yaml.load(s, _Loader))
+
 _ASKED = ('mode', 'arm', 'seed', 'steps', 'epochs')
 _LINES = re.compile(rf'^({"|".join(_ASKED)}): (.*)$', re.M)
 _scalar = lru_cache(4096)(lambda s: yaml.load(s, _Loader))
 
 def _config(text) -> dict: # the five settings that the columns need, where they stand on lines of their own as we write them; else all
     found = dict(_LINES.findall(text))
-    return {k: _scalar(v) for k, v in found.items()} if len(found) == len(_ASKED) else _mapping(text, lambda s: yaml.load(s, _Loader))
+    return {k: _scalar(v) for k, v in found.items()} if len(found) == len(_ASKED) else _whole(text)
 
 def settings(row:dict) -> dict:
     "Every setting of a row's run; they are read when somebody asks, for YAML is slow."
-    if row['config'] is None: row['config'] = _read(row['folder'], 'config.yaml', lambda s: _mapping(s, lambda s: yaml.load(s, _Loader)))[0] if row['state'] != 'damaged' else {}
+    if row['config'] is None:
+        try: row['config'] = {} if row['state'] == 'damaged' else _read(row['folder'], 'config.yaml', _whole)[0]
+        except KdocrError as e: row |= dict(config={}, state='damaged', error=str(e))
     return row['config']
-COLUMNS = ('name', 'state', 'step', 'steps', 'mode', 'arm', 'seed', 'val', 'test', 'n', 'age', 'attempt', 'error')
 
-def _mapping(text, parse): # an empty file is damaged too
-    values = parse(text)
-    if not isinstance(values, dict) or not values: raise ValueError('no keys and values')
-    return values
+# %% ../nbs/59_index.ipynb #7e7c70b6
+COLUMNS = ('name', 'state', 'step', 'steps', 'mode', 'arm', 'seed', 'val', 'test', 'n', 'age', 'attempt', 'error')
 
 def read_run_row(folder:Path, results:Path) -> dict:
     "The columns; `settings` tells the rest."
@@ -118,7 +125,7 @@ def read_runs(results:str|Path) -> list[dict]:
     "A row for each run folder there. Raises `KdocrError` where there is no such folder."
     return [read_run_row(f, Path(results)) for f in run_folders(results)]
 
-# %% ../nbs/59_index.ipynb #62578f74
+# %% ../nbs/59_index.ipynb #f40acee5
 def _value(row, key): return row[key] if key in COLUMNS else settings(row).get(key)
 
 def _known(key):
@@ -146,7 +153,7 @@ def select(rows:list[dict], filters:list[str]=(), # each KEY=VALUE; all must fit
     number = all(isinstance(_value(r, sort), (int, float)) for r in has)
     return sorted(has, key=lambda r: (_value(r, sort) if number else str(_value(r, sort)), r['name']), reverse=reverse) + [r for r in rows if _value(r, sort) is None]
 
-# %% ../nbs/59_index.ipynb #2fad3965
+# %% ../nbs/59_index.ipynb #edaff3a4
 def age_said(s:float|None) -> str: # seconds
     "An age in its largest unit."
     if s is None: return ''

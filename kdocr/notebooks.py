@@ -87,7 +87,7 @@ def check_parameters(notebook:Path, params:dict) -> dict: # the same names, valu
         if name not in known: raise KdocrError(f'{notebook.name}: no parameter {name!r}{nearest(name, known)}')
     return {k: cast(k, v, known[k]) for k, v in params.items()}
 
-# %% ../nbs/52_notebooks.ipynb #4e602cea
+# %% ../nbs/52_notebooks.ipynb #c3e78f10
 HEAD, TAIL, LONG = 100, 100, 2000 # lines of a cell's output that its notebook keeps, and characters of a line
 _CONTROL = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
 
@@ -113,7 +113,7 @@ class Screen:
 
 def _last(line): return next((part for part in reversed(line.split('\r')) if part), '')
 
-# %% ../nbs/52_notebooks.ipynb #b4db094f
+# %% ../nbs/52_notebooks.ipynb #9f660064
 PACE = 30 # seconds between two lines of a log on a bar
 
 class Log:
@@ -137,7 +137,7 @@ class Log:
         try: self.file.close()
         except OSError: pass # what could not be written is lost, and was
 
-# %% ../nbs/52_notebooks.ipynb #c35f98fe
+# %% ../nbs/52_notebooks.ipynb #787a83e3
 RENEW = 2 # seconds
 
 class Asked(Exception): "The notebook is to stop before its next cell."
@@ -176,7 +176,7 @@ class Client(PapermillNotebookClient):
             await asyncio.sleep(RENEW)
             if self.run.changed: self.nb_man.save()
 
-# %% ../nbs/52_notebooks.ipynb #dcea19c5
+# %% ../nbs/52_notebooks.ipynb #21c0953e
 class Manager(NotebookExecutionManager):
     "papermill's keeper of cell states, which saves as its run does."
     def __init__(self, nb, run):
@@ -199,7 +199,7 @@ class Engine(NBClientEngine):
 
 papermill_engines.register('kdocr', Engine)
 
-# %% ../nbs/52_notebooks.ipynb #8216b1dd
+# %% ../nbs/52_notebooks.ipynb #7f6dae96
 def alone(folder:Path, what:str # what is to run there, for others to read
          ) -> ExitStack:        # closing it lets go
     "Take the folder for one run. Raises `Outside` naming who is at work there."
@@ -226,7 +226,7 @@ def _listen(folder, before):
             raise Outside(f'{folder}: another process is at work on this run ({Path(now["notebook"]).name}, pid {now["pid"]} on {now["host"]})')
         time.sleep(1)
 
-# %% ../nbs/52_notebooks.ipynb #f567a173
+# %% ../nbs/52_notebooks.ipynb #c3835d67
 class Traces:
     "What a notebook leaves in its folder while it runs."
     def __init__(self, notebook:Path, # the source
@@ -262,7 +262,7 @@ class Traces:
             if e.errno not in FULL: raise
             self.unsaved = e
 
-# %% ../nbs/52_notebooks.ipynb #48d45328
+# %% ../nbs/52_notebooks.ipynb #27377db7
 _FULL_SAID = tuple(os.strerror(n) for n in FULL)
 
 def how_it_ended(e:Exception # what executing it raised
@@ -278,7 +278,7 @@ def how_it_ended(e:Exception # what executing it raised
 
 def one_line(text) -> str: return ' '.join(str(text).split())[:500]
 
-# %% ../nbs/52_notebooks.ipynb #c0ff3c6c
+# %% ../nbs/52_notebooks.ipynb #0bb15590
 class TimedOut(KdocrError):
     "A notebook took longer than it was given."
     exit_code = 124 # as timeout(1) has it
@@ -293,7 +293,7 @@ class NotebookRun(Traces):
         super().__init__(notebook, kept, params, own)
         self.timeout, self.kernel, self.asked, self.state, self.fault = timeout, None, None, 'running', None
         pool = ThreadPoolExecutor(1, 'notebook')
-        self.future = pool.submit(self._execute)
+        self.future = pool.submit(_execute, self)
         pool.shutdown(wait=False)
 
     def done(self) -> bool: return self.future.done()
@@ -315,26 +315,27 @@ class NotebookRun(Traces):
         if self.fault: raise self.fault
         return self.kept
 
-    def _execute(self):
-        with self.held:
-            late = threading.Timer(self.timeout or 0, interrupt, ([self],), dict(why='timeout'))
-            late.daemon = True
-            if self.timeout: late.start()
-            try: _papermill(self)
-            except Exception as e: self._end(e, *how_it_ended(e))
-            else: self._end(None, 'finished', None, None)
-            finally: late.cancel(); self.log.close()
+# %% ../nbs/52_notebooks.ipynb #86109976
+def _execute(run):
+    late = threading.Timer(run.timeout or 0, interrupt, ([run],), dict(why='timeout'))
+    late.daemon = True
+    with run.held:
+        if run.timeout: late.start()
+        try: _papermill(run)
+        except Exception as e: _end(run, e, *how_it_ended(e))
+        else: _end(run, None, 'finished', None, None)
+        finally: late.cancel(); run.log.close()
 
-    def _end(self, e, state, cell, said):
-        if e and state and self.asked: state, said = self.asked, said if self.asked == 'stopped' else f'not done after {self.timeout:g} seconds ({said})'
-        where = '' if cell is None else f', cell {cell}'
-        self.state, self.fault = state or 'failed', e if state is None else None
-        if e and state: self.fault = _KINDS.get(state, KdocrError)(f'{self.notebook.name}{where}: {said} (kept: {self.kept})')
-        if e: self.log.write(f'--- {self.state}{where}: {said}')
-        self.say(cell=self.cell if cell is None else cell)
-        if self.status: self.status.end(self.state, error=said)
+def _end(run, e, state, cell, said):
+    if e and state and run.asked: state, said = run.asked, said if run.asked == 'stopped' else f'not done after {run.timeout:g} seconds ({said})'
+    where = '' if cell is None else f', cell {cell}'
+    run.state, run.fault = state or 'failed', e if state is None else None
+    if e and state: run.fault = _KINDS.get(state, KdocrError)(f'{run.notebook.name}{where}: {said} (kept: {run.kept})')
+    if e: run.log.write(f'--- {run.state}{where}: {said}')
+    run.say(cell=run.cell if cell is None else cell)
+    if run.status: run.status.end(run.state, error=said)
 
-# %% ../nbs/52_notebooks.ipynb #3a42716a
+# %% ../nbs/52_notebooks.ipynb #15a5eea9
 def _papermill(run):
     sockets = tempfile.mkdtemp(prefix='kdocr-')
     class Kernels(AsyncKernelManager):
@@ -351,7 +352,7 @@ def _papermill(run):
     finally: shutil.rmtree(sockets, ignore_errors=True)
     if run.unsaved: raise run.unsaved
 
-# %% ../nbs/52_notebooks.ipynb #a1fc858f
+# %% ../nbs/52_notebooks.ipynb #b2e69baf
 def interrupt(runs:list[NotebookRun], grace:float=30, # seconds before the kernel is killed
               why:str='stopped') -> None:             # or timeout
     "Ask running notebooks to stop, and wait until they have."
@@ -360,7 +361,7 @@ def interrupt(runs:list[NotebookRun], grace:float=30, # seconds before the kerne
     finally: # also when the user does not want to wait
         for r in runs: r.signal(signal.SIGKILL)
 
-# %% ../nbs/52_notebooks.ipynb #98b8219c
+# %% ../nbs/52_notebooks.ipynb #0fd58328
 def start_notebook(notebook:str|Path,     # a path, or a shipped notebook's name
                    out:str|Path,          # folder that keeps the executed notebook
                    params:dict|None=None, # values for its parameters; strings are cast
@@ -376,7 +377,7 @@ def start_notebook(notebook:str|Path,     # a path, or a shipped notebook's name
         return NotebookRun(notebook, kept, params, timeout, own)
     except OSError as e: raise (Outside if e.errno in FULL else KdocrError)(f'{kept.parent}: cannot be written to ({e.strerror})') from None
 
-# %% ../nbs/52_notebooks.ipynb #e1028546
+# %% ../nbs/52_notebooks.ipynb #0072a6a7
 def finish(runs:list[NotebookRun],
            desc:str='notebooks' # for the bar, which counts cells
           ) -> list[Path]:      # the executed notebooks

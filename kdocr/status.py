@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SILENCE', 'FILE', 'BEAT', 'ROOM', 'utc', 'since', 'lives', 'status_state', 'read_status', 'Status']
 
-# %% ../nbs/44_status.ipynb #82481a0c
+# %% ../nbs/44_status.ipynb #a8d7904c
 import json, os, socket, threading
 from datetime import datetime, timezone
 from pathlib import Path
 import psutil
 from .core import FULL, KdocrError, atomic_write, read_json
 
-# %% ../nbs/44_status.ipynb #1bd6c52b
+# %% ../nbs/44_status.ipynb #746b9911
 SILENCE = 60 # seconds without a heartbeat, after which nobody is thought to be there
 
 def utc(ago:float=0) -> str: # ISO 8601
@@ -36,7 +36,7 @@ def status_state(status:dict) -> str:
     gone = status['host'] == socket.gethostname() and not lives(status['pid'])
     return 'dead' if gone or since(status['heartbeat']) > SILENCE else 'running'
 
-# %% ../nbs/44_status.ipynb #3b4891c4
+# %% ../nbs/44_status.ipynb #217f7403
 FILE = 'status.json'
 _NEEDED = {'state': str, 'pid': int, 'host': str, 'heartbeat': str, 'attempt': int}
 
@@ -50,7 +50,7 @@ def read_status(folder:str|Path) -> dict:
         except (ValueError, TypeError): pass # no time of day
     raise KdocrError(f'{path}: no status of a run')
 
-# %% ../nbs/44_status.ipynb #dac86e6b
+# %% ../nbs/44_status.ipynb #53bcf834
 BEAT, ROOM = 5, 4096 # seconds between two heartbeats; the file's size in bytes, or a multiple of it
 
 class Status:
@@ -83,6 +83,8 @@ class Status:
             except OSError: pass # a full disk, a share that is away: the next beat tries again
 
     def end(self, state:str, **values):
-        "The last word."
+        "The last word; where a full disk leaves no way to say it, the file ends as `dead`, which is no lie."
         self.ended.set()
-        self.say(state=state, ended=utc(), **values)
+        try: self.say(state=state, ended=utc(), **values)
+        except OSError as e:
+            if e.errno not in FULL: raise

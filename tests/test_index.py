@@ -76,6 +76,13 @@ def test_a_damaged_folder_is_a_row_and_stops_nobody(results, file, text, capsys)
     assert main(['runs', str(results), '--filter', 'lr=0.003']) == 0 and main(['runs', str(results), '--json']) == 0
     assert 'soft-0' in capsys.readouterr().out
 
+def test_a_fault_that_only_a_filter_finds(results, capsys):
+    "Where the five lines of the columns can be read, and the rest cannot."
+    with open(results/'hr/config.yaml', 'a') as f: f.write('lr: [')
+    assert states(read_runs(results))['hr'] == 'finished'
+    assert main(['runs', str(results), '--json']) == 0
+    assert {r['name']: r['state'] for r in json.loads(capsys.readouterr().out)}['hr'] == 'damaged' and select(read_runs(results), ['lr=0.01'])[0]['name'] == 'exp/soft-1'
+
 def test_a_log_being_written(tmp_path):
     log = tmp_path/'metrics.jsonl'
     assert log_end(log) == ({}, {})
