@@ -69,7 +69,7 @@ def run(a):
 def runs(a):
     from kdocr.index import index_text, read_runs, select, settings
     rows = select(read_runs(a.results), a.filter, a.sort, a.reverse)
-    if a.json: print(json.dumps([{**r, 'config': settings(r)} for r in rows], indent=2, ensure_ascii=False, default=str))
+    if a.json: print(json.dumps([{'config': settings(r), **r} for r in rows], indent=2, ensure_ascii=False, default=str))
     else: print(index_text(rows))
 
 # %% ../nbs/69_cli.ipynb #06490ff8
