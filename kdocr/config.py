@@ -46,7 +46,7 @@ class RunSettings(BaseModel):
     device: str = 'auto'
     "auto: CUDA where there is one; or a torch device."
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto'
-    "Arithmetic of the networks, losses are always fp32; auto: bf16 on CUDA, fp32 on a CPU."
+    "Arithmetic of the networks, losses are always fp32; auto: on CUDA bf16 from compute capability 8.0 on and fp16 below, fp32 on a CPU."
     compile: Literal['auto', 'on', 'off'] = 'auto'
     "torch.compile of the networks; auto: on CUDA alone, on a CPU it takes minutes to warm up and gains nothing."
     threads: int = Field(1, ge=1)
@@ -114,7 +114,7 @@ class StepSettings(ViewSettings):
     steps: OptionalCount = None
     "Optimizer steps; overrides epochs."
     batch_size: int = Field(64, gt=0)
-    "Tracks a step."
+    "Tracks a step; part of what the run computes, and so never changed to fit a card."
     lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
     "Peak learning rate of the one-cycle schedule."
     warmup: float = Field(0.15, ge=0, lt=1)

@@ -157,7 +157,7 @@ def test_one_process_a_run(cfg):
     code = f"from kdocr.run import RunFolder\nwith RunFolder(__import__('pathlib').Path({str(run.path)!r})).alone(): print('in', flush=True); input()"
     with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == 'in\n'
-        with pytest.raises(KdocrError, match='another process'):
+        with pytest.raises(KdocrError, match=f'another process is at work on this run .training, pid {other.pid} on '):
             with run.alone(): pass
         other.kill()
     with run.alone(): pass # the system freed it

@@ -16,7 +16,7 @@ from kdocr.data import open_data
 from kdocr.distill import TrainerDistill, freeze
 from kdocr.restran import PRESETS, ResTranOCR_Distill, make_model
 from kdocr.run import RunFolder, load_checkpoint
-from kdocr.train import Stepper, Trainer, evaluate, lr_at
+from kdocr.train import Stepper, Trainer, evaluate, lr_at, pick_precision
 from kdocr.train_kd import train_kd
 from training import SMALL, drawn, flags, same, same_end, small, timeless
 
@@ -135,6 +135,25 @@ def test_full_disk_then_space_again(whole, tmp_path, monkeypatch):
     again = trainer(tmp_path, 'full')
     again.fit()
     assert same_end(again.run, whole)
+
+
+def test_a_full_gpu_is_said_with_the_batch(tmp_path):
+    t = trainer(tmp_path, 'large')
+    def losses(batch): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 3.00 GiB')
+    t.losses = losses
+    with pytest.raises(KdocrError, match='is full at batch_size 8 .*Tried to allocate 3.00 GiB.*a smaller batch_size'): t.fit()
+
+
+@pytest.mark.parametrize('capability, half', [((7, 0), 'fp16'), ((7, 5), 'fp16'), ((8, 0), 'bf16'), ((8, 9), 'bf16'), ((10, 0), 'bf16')])
+def test_the_card_chooses_the_precision(monkeypatch, capability, half):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    assert pick_precision('auto', torch.device('cuda')) == half and pick_precision('fp32', torch.device('cuda')) == 'fp32' and pick_precision('auto', torch.device('cpu')) == 'fp32'
+
+
+def test_a_run_says_what_it_took(whole):
+    usage = read_json(whole.env)['usage']
+    assert usage['steps'] == 10 and usage['device'] == 'cpu' and usage['precision'] == 'fp32' and usage['ranks'] == 1 and usage['gpu_utilisation'] is None
+    assert usage['peak_memory_mb'] > 50 and 0 < usage['steps_per_s'] == pytest.approx(10 / usage['seconds'], rel=.01)
 
 
 def test_text_that_the_steps_cannot_spell(tmp_path):
