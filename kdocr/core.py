@@ -131,7 +131,7 @@ def stop_signals():
     "Yields a list: empty until SIGINT or SIGTERM arrives, then holding its number."
     got, old = [], {}
     def note(signum, frame):
-        if got: signal.default_int_handler(signum, frame)
+        if signum in got: signal.default_int_handler(signum, frame)
         got.append(signum)
     if threading.current_thread() is threading.main_thread(): # Python hands signals to no other
         for s in (signal.SIGINT, signal.SIGTERM): old[s] = signal.signal(s, note)
