@@ -241,7 +241,7 @@ class Row:
     @property
     def exact(self) -> float|None:
         "Exact match: of the held-out part once finished, before that of the last validation."
-        scores = read_json(self.files.folder/'scores.json') if self.state == 'finished' and self.job.trains else {}
+        scores = read_json(self.files.folder/'scores.json') if self.job.trains and self.finished else {}
         return next((scores[p]['rr'] for p in ('test', 'val') if p in scores), self.tail.read().exact)
 
     @property
@@ -362,7 +362,7 @@ class Batch:
         elif state == 'held': r.state, r.later = 'elsewhere', time.monotonic() + 2
         elif state == 'waits': r.state = 'waiting'
         elif state == 'no_space' or state == 'lost' and shutil.disk_usage(self.out).free < 2**16: r.state = 'stopped'; raise Full(f'{r.job.name}: {error}')
-        elif state in OUTSIDE and r.tries < self.retries: r.state, r.tries = 'waiting', r.tries + 1
+        elif state in OUTSIDE and r.tries < self.retries: r.state, r.tries, r.error = 'waiting', r.tries + 1, error
         else: r.state, r.error = 'failed', error if state in ('failed', 'timeout') else f'{error} ({r.tries + 1} times)'
 
 # %% ../nbs/54_jobs.ipynb #jb0037
