@@ -36,10 +36,29 @@ def report(a):
 def compare(a): _compared(a.runs, a.out, a.control)
 
 def sweep(a):
-    from kdocr.sweep import load_sweep, sweep
+    from kdocr.jobs import Full, finished
+    from kdocr.sweep import faults, load_sweep, sweep
     plan = load_sweep(a.file)
-    if a.list: return print(*(f'{j.name}{f" (after {j.needs})" if j.needs else ""}: {j.steps} steps' for j in plan.jobs), sep='\n')
-    _compared(sweep(plan, a.cores), plan.out/'compare', '')
+    if a.list: return print(*(f'{j.name}{f" (after {j.needs})" if j.needs else ""}: ' + ', '.join([f'{j.steps} steps'] * j.trains + ['finished'] * finished(plan.out/j.name, j.trains)) for j in plan.jobs), sep='\n')
+    ask = {k: v for k in ('time', 'mem', 'partition', 'gpus') if (v := getattr(a, k)) is not None}
+    if ask and a.cluster == 'local': raise KdocrError(f'--{next(iter(ask))}: a local sweep asks for nothing; give --cluster slurm with it')
+    try: rows = sweep(plan, a.cores, a.retries, a.cluster, **ask)
+    except Full as e: print(f'kdocr: {e}', file=sys.stderr); return 75 # EX_TEMPFAIL of sysexits.h: try again later
+    _concluded(plan, rows)
+    for line in faults(rows): print(f'kdocr: {line}', file=sys.stderr)
+    return 1 if faults(rows) else 0
+
+def _concluded(plan, rows): # table and figure
+    from kdocr.sweep import plot_results, results, results_text
+    done = [plan.out/n for n in plan.students if rows[n].state == 'finished']
+    if plan.arms: return _compared(done, plan.out/'compare', '') if done else None
+    import matplotlib
+    matplotlib.use('agg')
+    from kdocr.figures import save_figure, use_style
+    use_style()
+    table = results(plan, rows)
+    table.to_csv(plan.out/'sweep.csv', index=False)
+    print(results_text(table), '', plan.out/'sweep.csv', *([save_figure(plot_results(table).figure, plan.out, 'sweep')] if 'rr' in table else []), sep='\n')
 
 def _compared(runs, out, control):
     from kdocr.compare import compare_runs, find_runs, read_run
@@ -140,9 +159,13 @@ def parser() -> argparse.ArgumentParser:
         arg('runs', nargs='+', type=Path, metavar='RUN', help='run folders, or folders of run folders'),
         arg('--out', type=Path, default=Path('compare'), metavar='DIR', help='where compare.json, forest.png and forest.pdf go (default: compare, in the present folder)'),
         arg('--control', default='', metavar='ARM', help='the arm that all distilled ones are compared with; it is refused where it differs in more than distillation (default: what each config names, else the arm that fits)'))
-    command(sweep, 'run an experiment: arms with their controls over seeds, from one file; then compare them',
-        arg('file', type=Path, metavar='FILE', help='YAML: out, seeds, base, teachers, arms (see nbs/57_sweep)'), arg('--list', action='store_true', help='only list the runs'),
-        arg('--cores', type=int, metavar='N', help='runs at a time, one thread each (default: one a core)'))
+    command(sweep, 'make many runs from one file, several at a time: arms with their controls over seeds, a grid, or a list; the same command goes on where it stopped',
+        arg('file', type=Path, metavar='FILE', help='YAML: out, base, and arms, grid or list (see nbs/57_sweep)'), arg('--list', action='store_true', help='only list the runs'),
+        arg('--cores', type=int, metavar='N', help='runs at a time (default: one a core, or one a GPU; in SLURM as many as it lets; 0: in turn, in this process)'),
+        arg('--retries', type=int, default=2, metavar='N', help='of a run that ended for a reason outside of its program: a dead kernel, a kill (default: 2)'),
+        arg('--cluster', choices=('local', 'slurm'), default='local', help='where they run (default: local)'),
+        arg('--time', type=int, metavar='MINUTES', help='of each run in SLURM; one that needs longer goes on in a further job (default: a day)'), arg('--mem', type=float, metavar='GB', help='of each run in SLURM'),
+        arg('--partition', metavar='NAME', help='of SLURM'), arg('--gpus', type=int, metavar='N', help='for each run in SLURM'))
     command(bench, 'measure speed and memory on this machine, against a plain training over the files',
         arg('--out', type=Path, metavar='DIR', help='where bench.json, bench.png and bench.pdf go (default: bench, or bench_quick)'),
         arg('--quick', action='store_true', help='every measure in a small way: minutes, its figures mean little'),

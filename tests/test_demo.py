@@ -1,11 +1,12 @@
-"""The demo: its plan and its scheduler with a notebook that only counts, and the whole of it in its smallest form."""
+"""The demo: its plan, its order with a notebook that only counts, and the whole of it in its smallest form."""
 import re, signal, subprocess, sys, time
 import nbformat
 import pytest
 from kdocr.core import KdocrError, read_json
 from kdocr.config import make_config
 from kdocr.compare import control_of, read_run
-from kdocr.demo import FULL, QUICK, Job, claim, jobs, last_step, run_jobs
+from kdocr.demo import FULL, QUICK, claim, jobs
+from kdocr.jobs import Job, Tail, run_jobs
 
 NAMES = ['teacher', 'random_control', 'random_distilled', 'warm_control', 'warm_distilled']
 
@@ -39,7 +40,7 @@ def test_a_student_waits_for_its_teacher_and_a_second_call_finds_nothing_to_do(c
     end = (tmp_path/'teacher/scores.json').stat().st_mtime
     assert starts(tmp_path/'control')[0] < end <= starts(tmp_path/'student')[0] + .1
     run_jobs(todo, tmp_path, counting, 2)
-    assert all(len(starts(tmp_path/j.name)) == 1 and last_step(tmp_path/j.name/'metrics.jsonl') == j.steps for j in todo)
+    assert all(len(starts(tmp_path/j.name)) == 1 and Tail(tmp_path/j.name/'metrics.jsonl').read().step == j.steps for j in todo)
 
 def test_what_is_finished_is_not_run_again_and_the_rest_is(counting, tmp_path):
     todo = [job(tmp_path, 'teacher'), job(tmp_path, 'student', 'teacher')]
@@ -51,12 +52,6 @@ def test_a_failing_job_stops_the_rest(counting, tmp_path):
     todo = [job(tmp_path, 'broken', data='x'), job(tmp_path, 'long', steps=3000), job(tmp_path, 'never', 'broken')]
     with pytest.raises(KdocrError, match='count.ipynb, cell 2: ZeroDivisionError'): run_jobs(todo, tmp_path, counting, 2)
     assert not (tmp_path/'never').exists() and not (tmp_path/'long/scores.json').exists()
-
-def test_last_step_of_a_log_being_written(tmp_path):
-    log = tmp_path/'metrics.jsonl'
-    assert last_step(log) == 0
-    log.write_text(''.join(f'{{"step": {i}, "pad": "{"x" * 100}"}}\n' for i in range(1, 200)) + '{"step": 20')
-    assert last_step(log) == 199
 
 def test_a_folder_belongs_to_one_demo(tmp_path):
     claim(tmp_path, dict(quick=True))

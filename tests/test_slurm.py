@@ -1,0 +1,87 @@
+"""A sweep in a real SLURM of one machine: arrays, a job that another one preempts, and a command that finds its jobs again."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from kdocr.core import KdocrError, read_json
+from kdocr.jobs import Job, run_jobs
+from kdocr.run import RunFolder
+from kdocr.train_kd import train_kd
+from slurm_cluster import absent, cluster
+from sweeping import quick
+from training import SMALL, drawn, same_end, small
+
+needs_slurm = pytest.mark.skipif(bool(absent()), reason=absent() or 'SLURM is here')
+BASE = dict(SMALL, steps=24, checkpoint_every=4, eval_every=12, log_every=2)
+
+
+@pytest.fixture(scope='module')
+def slurm(tmp_path_factory):
+    with cluster(tmp_path_factory.mktemp('slurm')) as env: yield dict(env, **{k: v for k, v in quick(tmp_path_factory.mktemp('env')).items() if k in ('PYTHONPATH', 'OMP_NUM_THREADS')})
+
+
+def squeue(env, what='%i %T'): return subprocess.run(['squeue', '-h', '-r', '-o', what], env=env, capture_output=True, text=True).stdout.split('\n')[:-1]
+
+
+def until(true, what, seconds=180):
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, what
+        time.sleep(.1)
+    return found
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_an_array_with_a_preempted_job_ends_as_if_nothing_had_been(slurm, tmp_path):
+    "A teacher, then two students as one array; the command is interrupted and given again while they train, and an urgent job takes the machine from them."
+    out, file = tmp_path/'out', tmp_path/'plan.yaml'
+    arms = dict(control=dict(teacher='hr', distill_weight=0), taught=dict(teacher='hr', control='control'))
+    file.write_text(yaml.safe_dump(dict(out=str(out), seeds=[0], base=dict(BASE, data=drawn()), teachers=dict(hr=dict(steps=6)), arms={k: dict(v, steps=60) for k, v in arms.items()})))
+    sweep = [sys.executable, '-m', 'kdocr.cli', 'sweep', str(file), '--cluster', 'slurm', '--partition', 'main', '--time', '30', '--mem', '0.2']
+    first = subprocess.Popen(sweep, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    students = [RunFolder(out/'control-0'), RunFolder(out/'taught-0')]
+    until(lambda: students[0].last.exists() or students[1].last.exists() or first.poll() is not None, 'a student trains')
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=60)
+    assert first.returncode == 130 and '2 jobs stay in SLURM and are found again' in said[1], said
+    there = squeue(slurm, '%i')
+    assert len(there) == 2 and len({j.split('_')[0] for j in there}) == 1 and {j.split('_')[1] for j in there} == {'0', '1'}, 'one array'
+
+    subprocess.run(['sbatch', '-p', 'urgent', '--exclusive', '-o', '/dev/null', '--wrap', 'sleep 1'], env=slurm, check=True, capture_output=True)
+    second = subprocess.run(sweep, env=slurm, capture_output=True, text=True, timeout=400)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert 'hr: ' not in second.stdout.split('waiting')[0], 'what was finished is left alone'
+    restarts = {r.path.name: len(read_json(r.env)['starts']) for r in students}
+    assert max(restarts.values()) == 2, f'one was preempted, requeued and begun again: {restarts}'
+    assert not squeue(slurm) and json.loads((out/'compare/compare.json').read_text())['tracks']
+
+    teacher = train_kd(small(tmp_path/'whole', name='hr', mode='teacher', **{**BASE, 'steps': 6}))
+    assert same_end(teacher, RunFolder(out/'hr'))
+    for r, arm in zip(students, ('control', 'taught')):
+        whole = train_kd(small(tmp_path/'whole', mode='student', name=f'{arm}-0', arm=arm, control='' if arm == 'control' else 'control', teacher_checkpoint=str(teacher.published),
+                               distill_weight=float(arm == 'taught'), **{**BASE, 'steps': 60}))
+        assert same_end(whole, r), f'{arm}: the same scores, weights and log'
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_what_fails_in_slurm_is_said_and_takes_its_dependents_with_it(slurm, tmp_path, monkeypatch):
+    from sweeping import notebook
+    for k in ('SLURM_CONF', 'PYTHONPATH'): monkeypatch.setenv(k, slurm[k])
+    job = lambda name, needs=None, **kw: Job(name, 3, dict(out=str(tmp_path/'out'), name=name, steps=3, pace=0, **kw), needs)
+    rows = run_jobs([job('good'), job('broken', broken=True), job('pupil', 'broken'), job('after', 'good')], tmp_path/'out', notebook(tmp_path/'n.ipynb'), go_on=True, cluster='slurm', partition='main', time=5)
+    assert {n: r.state for n, r in rows.items()} == dict(good='finished', broken='failed', pupil='skipped', after='finished')
+    assert 'n.ipynb, cell 2: ZeroDivisionError' in rows['broken'].error and rows['pupil'].error == 'it needs broken, which has failed'
+
+
+def test_without_slurm_the_cure_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(KdocrError, match='no srun on this machine.*--cluster local'): run_jobs([Job('a', 1, {})], tmp_path, 'train_kd', cluster='slurm')
