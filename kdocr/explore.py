@@ -7,8 +7,9 @@ __all__ = ['LOCK', 'LOOK', 'HIDE', 'CAMERA', 'LIGHT', 'LOOKS', 'SAMPLE', 'WHICH'
            'open_index', 'tracks_frame', 'matching', 'frames_of', 'size_of', 'far_away', 'drawn_conditions', 'board',
            'put', 'fine', 'track_figure', 'explore_tracks', 'Asked', 'Asking', 'Yardstick', 'yardstick', 'compared',
            'the_data', 'part_of', 'Side', 'shared_taps', 'plate_strips', 'draw_steps', 'alignment_figure', 'sides',
-           'explore_alignment', 'Head', 'read_head', 'alike', 'only', 'runs_figure', 'run_paths', 'explore_runs',
-           'Tail', 'live_figure', 'Live', 'live', 'stand_in_run', 'moves', 'latencies', 'plot_latencies']
+           'explore_alignment', 'Head', 'read_head', 'alike', 'only', 'runs_figure', 'plain_log', 'run_paths',
+           'explore_runs', 'Tail', 'live_figure', 'Live', 'live', 'stand_in_run', 'moves', 'latencies',
+           'plot_latencies']
 
 # %% ../nbs/58_explore.ipynb #x58002
 import base64, gc, html, json, threading, time
@@ -43,7 +44,7 @@ from .alignment import PcaRgb, attention_map, cosine_by_position, entropy, pca_r
 from .run import RunFolder, describe, save_checkpoint
 from .train import Trainer
 from .distill import new_model
-from .compare import find_runs, read_run
+from .compare import arm, find_runs, read_run
 from .figures import STYLE, TERMS
 from .bench import in_turns, multiply, record
 from .inside import (KINDS, LONG, WHATS, Arm, HeldOut, Strip, arms_of, column, differing, draw_strips, each, find_teacher, held_out, load_reader, loss_terms, picture,
@@ -389,7 +390,7 @@ def plate_strips(hr, lr, s:Tensor, t:Tensor, yard:Yardstick, measure:str, values
     "The plate, both networks in the teacher's colours, and the measure under them."
     strips = [Strip('HR', hr), Strip('LR', lr), Strip('teacher', yard.paint(t)[0], 'colours')] + ([Strip('student', yard.paint(s)[0], 'colours')] if s.shape == t.shape else [])
     kind = LOOKS[measure]
-    name = {'channel': f', channel {channel}', 'attention map': ', attention'}.get(measure, '')
+    name = {'channel': f', ch. {channel}', 'attention map': ', attention'}.get(measure, '')
     return strips + ([Strip(measure if len(values) == 1 else k + name, x[0], kind, f'{x.mean():.2f}' if len(values) == 1 else '') for k, x in values.items()] if kind else [])
 
 def draw_steps(ax, values:dict, sample:dict, tap:str, ylabel:str) -> None: # reader -> (1,t), reader -> (n,t)
@@ -416,7 +417,7 @@ def alignment_figure(s:Side, t:Side, part:str, i:int, tap:str, channel:int, meas
     sample = compared(measure, align_steps(sample_s[tap], steps), sample_t[tap], yard, channel)
     strips = plate_strips(picture(b.images, 0), picture(a.images, 0), x, y, yard, measure, values, channel)
     fig, label = figure(9.5, 3.6), KINDS[LOOKS[measure]][2] if LOOKS[measure] else 'entropy (nats)'
-    left, right = fig.add_axes((.09, .27, .41, .55)), fig.add_axes((.6, .14, .39, .62))
+    left, right = fig.add_axes((.1, .27, .4, .55)), fig.add_axes((.6, .14, .39, .62))
     drawn = draw_strips(left, strips, asks_t.data.pack.hr.shape[3] if asks_t.data.pack.hr is not None else 128)
     read_t, read_s = (greedy(o.taps['logits'], side.charset)[0] for o, side in ((b, t), (a, s)))
     says_t, says_s = (spikes(o.taps['logits']).ids[0].tolist() for o in (b, a))
@@ -516,7 +517,7 @@ def only(log:pd.DataFrame, keys) -> pd.DataFrame: # keys of terms
     return log.drop(columns=gone, errors='ignore')
 
 # %% ../nbs/58_explore.ipynb #x58040
-PANELS = 5 # of terms or runs, at most; the accuracy is the last
+PANELS = 8 # of terms or runs, at most; the accuracy is the last
 
 def runs_figure(arms:list[Arm], keys:list[str], what:str, logy:bool, window:int, by:str # 'run' or 'term': what a panel is of
                ) -> Figure:
@@ -524,24 +525,35 @@ def runs_figure(arms:list[Arm], keys:list[str], what:str, logy:bool, window:int,
     terms = [t for t in loss_terms(*(l for a in arms for l in a.logs)) if t.key in keys]
     names = [a.label for a in arms] if by == 'run' else [t.label for t in terms]
     n, left_out = min(len(names), PANELS), names[PANELS:]
-    cols, rows, lines = min(3, n + 1), -(-(n + 1)//3), max(len(arms), len(terms) if by == 'run' else 0)
-    fig = figure(9.5, .7 + 2.5*rows + .17*lines, .62, bottom=.45, top=.62 + .17*lines)
-    axs = fig.subplots(rows, cols, squeeze=False, gridspec_kw=dict(wspace=.32, hspace=.5)).ravel()
+    cols = 2 if n in (1, 3) else min(3, n + 1)
+    rows, beside = -(-(n + 1)//cols), 1 if len(arms) < 4 else 2 if by == 'run' else 3 # columns of the legend
+    lines = max(-(-len(arms)//beside), len(terms) if by == 'run' else 0)
+    fig = figure(9.5, .7 + 2.5*rows + .17*lines, .7, bottom=.45, top=.62 + .17*lines)
+    axs = fig.subplots(rows, cols, squeeze=False, gridspec_kw=dict(wspace=.25, hspace=.5)).ravel()
     for ax in axs[n + 1:]: ax.set_axis_off()
     for ax, i in zip(axs, range(n)):
         if by == 'run': plot_terms(Arm(names[i], [only(l, keys) for l in arms[i].logs]), what, logy, window, False, ax)
         else: plot_runs(arms, partial(_of_term, key=terms[i].key, what=what), WHATS[what], logy and what != 'cosine', window, False, ax)
         ax.set_title(_short(names[i]), fontsize=8.5, color=terms[i].colour if by == 'term' else 'black')
+        if ax.get_yscale() == 'log': plain_log(ax)
+        if i % cols: ax.set_ylabel('')
         if not ax.lines: ax.text(.5, .5, f'{what}: not measured', transform=ax.transAxes, ha='center', fontsize=8, color='0.4')
     plot_runs(arms, column('val_rr', 100), 'exact match, validation (%)', window=1, legend=False, ax=axs[n]).set_ylim(-3, 103)
     axs[n].set_title('accuracy', fontsize=8.5)
     top, points = 1 - .3/fig.get_figheight(), max((len(l[l.ctc.notna()]) for a in arms for l in a.logs if 'ctc' in l), default=0)
-    for x, of in ((.01, [axs[n]]), (.6, axs[:n] if by == 'run' else ())):
+    for x, of, ncols in ((.01, [axs[n]], beside), (.68, axs[:n] if by == 'run' else (), 1)):
         handles = {l.get_label(): l for ax in of for l in ax.lines if not l.get_label().startswith('_')}
-        if handles: fig.legend(handles.values(), handles, loc='upper left', fontsize=8, bbox_to_anchor=(x, top), borderpad=0)
+        if handles: fig.legend(handles.values(), handles, loc='upper left', fontsize=8, bbox_to_anchor=(x, top), borderpad=0, ncols=ncols)
     said = f'{WHATS[what]}: {len(arms)} arm{"s" * (len(arms) > 1)} side by side, {smoothed_how(smoothing(points, window), max(len(a.logs) for a in arms))}'
     fig.text(.01, 1 - .07/fig.get_figheight(), said + (f' (not shown: {", ".join(left_out)})' if left_out else ''), va='top', fontsize=9.5)
     return fig
+
+def plain_log(ax) -> None:
+    "Numbers without powers on a logarithmic axis."
+    ax.yaxis.set_major_formatter('{x:g}')
+    lo, hi = ax.get_ylim()
+    ax.yaxis.set_minor_formatter((lambda v, _: f'{v:g}' if f'{v:e}'[0] in '25' else '') if hi < 50*lo else '')
+    ax.tick_params(axis='y', which='both', labelsize=8)
 
 def _of_term(log, key, what): return series(log, key, what)
 
@@ -561,15 +573,15 @@ def explore_runs(results # a folder of run folders, or a list of run folders
     if not heads: raise KdocrError('; '.join(said) or f'{results}: no finished run in it')
     names = unique_labels([h.cfg for h in heads], [h.path for h in heads])
     at, curve = dict(zip(names, heads)), lru_cache(None)(lambda p: read_curve(p))
-    start = [n for n in names if at[n].cfg.mode == 'student'][:2] or names[:1]
+    start = [*{arm(at[n].cfg): n for n in reversed(names) if at[n].cfg.mode == 'student'}.values()][:-3:-1] or names[:1] # a run of each of the first two arms
     def arms(chosen): return arms_of([curve(at[n].path) for n in names if n in chosen])
+    off = set() # terms that were switched off stay off when they come back with another run
     def adapt(c, name):
-        if name not in (None, 'runs'): return
-        found = [(t.label, t.key) for t in loss_terms(*(l for a in arms(c['runs'].value) for l in a.logs))]
-        if list(c['terms'].options) == found: return
-        before = set(dict(c['terms'].options).values()) - set(c['terms'].value) # what was switched off stays off
-        c['terms'].options = found
-        c['terms'].value = [k for _, k in found if k not in before]
+        now = [k for _, k in c['terms'].options]
+        if name == 'terms': off.difference_update(now); off.update(set(now) - set(c['terms'].value))
+        if name in (None, 'runs'):
+            c['terms'].options = [(t.label, t.key) for t in loss_terms(*(l for a in arms(c['runs'].value) for l in a.logs))]
+            c['terms'].value = [k for _, k in c['terms'].options if k not in off]
     def draw(runs, terms, what, scale, smoothing, panels):
         if not runs or not terms: raise KdocrError('choose a run and a term (several with Ctrl or Shift)')
         return runs_figure(arms(runs), list(terms), what, scale == 'log', smoothing, panels)
@@ -606,7 +618,8 @@ def live_figure(log:pd.DataFrame, readings:list, pictures, name:str, total:int, 
         fig.legend(*terms.get_legend_handles_labels(), loc='upper left', bbox_to_anchor=(.07, .9), ncols=4, fontsize=7.5, borderpad=0)
     terms.set_xlim(0, total); accuracy.set(xlim=(0, total), ylim=(-3, 103), xlabel='training step')
     for ax in fig.axes: ax.set_title('')
-    terms.yaxis.set_minor_formatter(''); terms.tick_params(labelsize=8); accuracy.tick_params(labelsize=8)
+    if terms.get_yscale() == 'log': plain_log(terms)
+    terms.tick_params(labelsize=8); accuracy.tick_params(labelsize=8)
     step = int(log.step.max()) if len(log) else 0
     smoothed = smoothed_how(smoothing(int(log.ctc.notna().sum()), window), 1) if 'ctc' in log else 'nothing logged yet'
     fig.text(.01, .98, f'{name}: step {step:,} of {total:,} ({smoothed})' + (f', last validation {100*log.val_rr.dropna().iloc[-1]:.1f} % right' if 'val_rr' in log and log.val_rr.notna().any() else ''), va='top', fontsize=9.5)
