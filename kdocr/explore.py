@@ -9,10 +9,10 @@ __all__ = ['LOCK', 'LOOK', 'HIDE', 'CAMERA', 'LIGHT', 'LOOKS', 'SAMPLE', 'WHICH'
            'the_data', 'part_of', 'Side', 'shared_taps', 'plate_strips', 'draw_steps', 'alignment_figure', 'sides',
            'explore_alignment', 'Head', 'read_head', 'alike', 'only', 'runs_figure', 'plain_log', 'run_paths',
            'explore_runs', 'Tail', 'live_figure', 'Live', 'live', 'stand_in_run', 'moves', 'latencies',
-           'plot_latencies']
+           'plot_latencies', 'watching']
 
 # %% ../nbs/58_explore.ipynb #x58002
-import base64, gc, html, json, threading, time
+import base64, gc, html, json, tempfile, threading, time
 from collections import Counter
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -42,11 +42,12 @@ from .ctc import greedy
 from .losses import align_steps
 from .alignment import PcaRgb, attention_map, cosine_by_position, entropy, pca_rgb, spikes
 from .run import RunFolder, describe, save_checkpoint
-from .train import Trainer
+from .train import Trainer, pick_device
+from .train_kd import new_trainer
 from .distill import new_model
 from .compare import arm, find_runs, read_run
 from .figures import STYLE, TERMS
-from .bench import in_turns, multiply, record
+from .bench import arms, clock, in_turns, multiply, record, where
 from .inside import (KINDS, LONG, WHATS, Arm, HeldOut, Strip, arms_of, column, differing, draw_strips, each, find_teacher, held_out, load_reader, loss_terms, picture,
                           plot_runs, plot_terms, read_curve, series, smoothed_how, smoothing, unique_labels)
 
@@ -69,7 +70,7 @@ def figure(width:float, height:float, # inches
     fig.subplots_adjust(left/width, bottom/height, 1 - right/width, 1 - top/height)
     return fig
 
-HIDE = ('<style>.jp-OutputArea-child:has(.kdocr-live) + .jp-OutputArea-child {display: none} .kdocr-live .widget-inline-hbox {width: 230px} '
+HIDE = ('<style>.jp-OutputArea-child:has(.kdocr-live) + .jp-OutputArea-child {display: none} '
         '.kdocr-said {font-size: 12px; line-height: 1.4; color: #555} .kdocr-error {font-size: 12px; color: #b2182b}</style>')
 
 # %% ../nbs/58_explore.ipynb #x58007
@@ -172,7 +173,7 @@ def frames_of(track:Track) -> tuple[tuple, tuple, tuple]: # LR and HR frames (h,
 def size_of(x:np.ndarray) -> str: return f'{x.shape[1]} x {x.shape[0]} px'
 
 CAMERA = { # lowest, highest, step, start, what it is
-    'height':   (0, 48, 1, 0, 'pixels of height; 0: as the LR frame'), 'blur': (0., 2., .05, .8, 'sigma of the lens, LR pixels'), 'motion': (0., 6., .1, .6, 'motion blur, LR pixels'),
+    'height':   (0, 48, 1, 0, 'pixels of height, 6 at least; 0: as the LR frame'), 'blur': (0., 2., .05, .8, 'sigma of the lens, LR pixels'), 'motion': (0., 6., .1, .6, 'motion blur, LR pixels'),
     'angle':    (-1.6, 1.6, .1, 0., 'its direction, rad'), 'contrast': (0., 120., 2., 74., 'grey standard deviation; 0: as it is'), 'sharpen': (0., 8., .1, 3.5, 'unsharp mask, amount'),
     'radius':   (.5, 3., .1, 1.3, 'its sigma, LR pixels'), 'noise': (0., 20., .5, 2., 'sigma, grey levels'), 'quality': (5, 98, 1, 70, 'JPEG')}
 LIGHT = {'exposure': (.2, 2., .05, 1., 'gain'), 'haze': (0., 150., 5., 0., 'grey levels'), 'night': (0., 1., .05, 0., 'share of the lamp'), 'rain': (0., 1., .05, 0., 'share of streaks'),
@@ -230,7 +231,7 @@ def track_figure(row, v:dict, where:str) -> Figure: # row of `tracks_frame`; v: 
         for i, x in enumerate(pictures): put(ax, (.1 + 1.87*i, y, 1.8, .6 if hr else .9), x, f'{kind} {i + 1}' + (': ' + size_of(x) if x is not None else ': damaged'))
     first, real = (next((x for x in kind if x is not None), None) for kind in (hr, lr))
     if first is None: return fig
-    made = far_away(first, row.key, v['height'] or (real.shape[0] if real is not None else 18), v)
+    made = far_away(first, row.key, max(6, v['height']) if v['height'] else real.shape[0] if real is not None else 18, v)
     for i, (x, name) in enumerate(((first, 'HR'), (made, 'HR, degraded by the sliders'), (real, 'LR'))):
         if x is not None: put(ax, (.1 + 3.13*i, 2.5, 3.05, 1.52), x, f'{name}, {size_of(x)}\n{fine(x)}')
     return fig
@@ -574,17 +575,17 @@ def explore_runs(results # a folder of run folders, or a list of run folders
     names = unique_labels([h.cfg for h in heads], [h.path for h in heads])
     at, curve = dict(zip(names, heads)), lru_cache(None)(lambda p: read_curve(p))
     start = [*{arm(at[n].cfg): n for n in reversed(names) if at[n].cfg.mode == 'student'}.values()][:-3:-1] or names[:1] # a run of each of the first two arms
-    def arms(chosen): return arms_of([curve(at[n].path) for n in names if n in chosen])
+    def chosen_arms(chosen): return arms_of([curve(at[n].path) for n in names if n in chosen])
     off = set() # terms that were switched off stay off when they come back with another run
     def adapt(c, name):
         now = [k for _, k in c['terms'].options]
         if name == 'terms': off.difference_update(now); off.update(set(now) - set(c['terms'].value))
         if name in (None, 'runs'):
-            c['terms'].options = [(t.label, t.key) for t in loss_terms(*(l for a in arms(c['runs'].value) for l in a.logs))]
+            c['terms'].options = [(t.label, t.key) for t in loss_terms(*(l for a in chosen_arms(c['runs'].value) for l in a.logs))]
             c['terms'].value = [k for _, k in c['terms'].options if k not in off]
     def draw(runs, terms, what, scale, smoothing, panels):
         if not runs or not terms: raise KdocrError('choose a run and a term (several with Ctrl or Shift)')
-        return runs_figure(arms(runs), list(terms), what, scale == 'log', smoothing, panels)
+        return runs_figure(chosen_arms(runs), list(terms), what, scale == 'log', smoothing, panels)
     many = dict(layout=dict(width='440px', height=f'{min(8, len(names) + 1)*19 + 12}px'), style=dict(description_width='40px'))
     lists = {'runs': W.SelectMultiple(options=names, value=start, description='runs', **many), 'terms': W.SelectMultiple(options=[], description='terms', layout=dict(width='230px', height='100px'), style=dict(description_width='40px'))}
     rest = {'what': _pick('show', [(v, k) for k, v in WHATS.items()]), 'scale': W.ToggleButtons(options=['log', 'linear'], style=dict(button_width='60px')), 'smoothing': _slider('smooth', 0, 101, 1, 0, 'points of the running median; 0: a fiftieth of the points', live=False),
@@ -731,3 +732,21 @@ def plot_latencies(records:list[dict], ax): # as `latencies` returns them
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5), xlim=(0, None), xlabel=f'ms from the move to the picture ({f["n"].iloc[0]:,} tracks, n = {len(x)} moves each)')
     ax.grid(axis='y', visible=False)
     return ax
+
+# %% ../nbs/58_explore.ipynb #x58057
+def watching(place:Path, # a folder with `plates` in it
+             rounds:int=7, steps:int=150, batch_size:int=64, device:str='auto', share:float=.01) -> list[dict]: # rows of `bench.json`
+    "Tracks a second of a run that is watched, and of one that is not; and the drawings of a turn."
+    cfg = arms(place, batch_size=batch_size, device=device)['CTC'].model_copy(update=dict(steps=steps, eval_every=steps, checkpoint_every=steps, log_every=10))
+    data, counts = open_data(cfg), []
+    def run(watched):
+        with tempfile.TemporaryDirectory(dir=place, prefix='.watch-') as tmp:
+            t, at = new_trainer(cfg, RunFolder(Path(tmp)), data, None), []
+            view = Live(t, share=share) if watched else None
+            def clocked(steps):
+                for r in view.watch(steps) if watched else steps: yield r; at.append(clock(t.device))
+            t.fit(clocked)
+            if watched: counts.append(view.drawings - 1) # without the one after the last step
+        return (len(at) - 1)*cfg.batch_size/(at[-1] - at[0])
+    rows = [record(f'a watched run, {where(pick_device(device))}', a, r, v, 'tracks/s', steps*batch_size) for r, a, v in in_turns({'watched': partial(run, True), 'alone': partial(run, False)}, rounds)]
+    return rows + [record('drawings in a watched run', 'watched', r, n, 'drawings', steps*batch_size) for r, n in enumerate(counts[-rounds:])]

@@ -16,6 +16,7 @@ import pytest
 import torch
 import kdocr.explore as explore
 from kdocr.alignment import cosine_by_position
+from kdocr.bench import ratios
 from kdocr.charset import DEFAULT_CHARS
 from kdocr.config import load_config, save_config
 from kdocr.core import KdocrError, read_json, write_json
@@ -29,7 +30,7 @@ from kdocr.notebooks import run_notebook
 from kdocr.run import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.train_kd import new_trainer, train_kd
 from kdocr.explore import (CAMERA, LIGHT, LIMIT, LOOKS, Asking, Explorer, Live, Side, Tail, alike, alignment_figure, compared, drawn_conditions, explore_alignment, explore_runs, explore_tracks, far_away,
-                           figure, frames_of, latencies, live, live_figure, matching, only, open_index, plot_latencies, read_head, run_paths, runs_figure, shared_taps, the_data, tracks_frame, yardstick)
+                           figure, frames_of, latencies, live, live_figure, matching, only, open_index, plot_latencies, read_head, run_paths, runs_figure, shared_taps, the_data, tracks_frame, watching, yardstick)
 from training import drawn, small
 
 def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -420,6 +421,14 @@ def test_every_explorers_answer_is_timed(tmp_path):
     assert {r['arm'].split(',')[0] for r in rows} == {'tracks', 'alignment', 'runs'} and all(r['unit'] == 'ms' and r['n'] == 50 and r['value'] > 0 for r in rows) and {r['round'] for r in rows} == {0, 1}
     ax = plot_latencies(rows, figure(4, 3).subplots())
     assert [t.get_text() for t in ax.get_yticklabels()] == list(dict.fromkeys(r['arm'] for r in rows)) and ax.lines[0].get_xdata()[0] == LIMIT and '50 tracks' in ax.get_xlabel()
+
+@pytest.mark.slow
+def test_what_watching_costs_is_measured_in_turns(tmp_path, monkeypatch):
+    shutil.copytree(drawn(), tmp_path/'plates', ignore=shutil.ignore_patterns('split.json'))
+    rows = watching(tmp_path, rounds=2, steps=3, batch_size=8, device='cpu', share=float('inf'))
+    assert [(r['arm'], r['round']) for r in rows if r['unit'] == 'tracks/s'] == [('watched', 0), ('alone', 0), ('alone', 1), ('watched', 1)] and [r['value'] for r in rows if r['unit'] == 'drawings'] == [3, 3]
+    f = ratios(rows)
+    assert (f.arm.item(), f.base.item(), f.rounds.item()) == ('watched', 'alone', 2) and not list(tmp_path.glob('.watch-*'))
 
 @pytest.mark.slow
 def test_the_notebook_shows_pictures_without_a_kernel(results, tmp_path):
