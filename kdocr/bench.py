@@ -83,7 +83,7 @@ def summary(records:list[dict]) -> pd.DataFrame: # measure, arm, unit, n, median
 # %% ../nbs/55_bench.ipynb #0009
 COMPARED = (('packed', 'files, 0 workers'), ('packed', 'files, 2 workers'), ('CTC', 'CTC, reference style'),
             ('live teacher', 'live teacher, reference style'), ('cached teacher', 'live teacher, reference style'),
-            ('cached teacher', 'live teacher'), ('live teacher', 'CTC'), ('cached teacher', 'CTC'))
+            ('cached teacher', 'live teacher'), ('live teacher', 'CTC'), ('cached teacher', 'CTC'), ('watched', 'alone'))
 
 def ratios(records:list[dict],
            compared=COMPARED,  # arm and base

@@ -267,12 +267,12 @@ class Trainer(Keeper):
         self.tell()
         self.run.finish(preds, step=load_checkpoint(self.run.best)['step'], steps=self.total, seconds=self.seconds())
 
-    def fit(self):
+    def fit(self, watch=iter): # what the steps' records pass through on their way: a generator of a generator
         "Go on from the last checkpoint, or start. Raises `Stopped` after a signal, with all saved."
         self.resume()
         cfg, waiting, shown = self.cfg, [], {}
         with stop_signals() as stop, progress(total=self.total, initial=self.step, desc=cfg.name, disable=not self.ranks.leads) as bar:
-            for record in self.steps():
+            for record in watch(self.steps()):
                 waiting.append(dict(record, seconds=self.seconds()))
                 last = self.step == self.total
                 halt = sum(self.ranks.gather(list(stop)), []) if last or self.ranks.world == 1 or self.step % cfg.log_every == 0 else []

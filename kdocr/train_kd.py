@@ -46,7 +46,9 @@ def heritage(cfg:Config) -> list[Tensor]:
     return [ckpt['seen'] for p in sorted(paths) if 'seen' in (ckpt := load_checkpoint(p))]
 
 # %% ../nbs/43_train_kd.ipynb #0007
-def train_kd(cfg:Config) -> RunFolder: # the finished run
+def train_kd(cfg:Config,
+             fit=Trainer.fit # how the trainer is driven; `explore.live` shows it at work
+            ) -> RunFolder:  # the finished run
     "Train a teacher or a student; go on where an earlier call stopped."
     torch.set_num_threads(cfg.threads); cv2.setNumThreads(cfg.threads); keep_memory()
     parse_terms(cfg.distill_terms, cfg.distill_taps)                   # a wrong one is said before anything is opened
@@ -63,7 +65,7 @@ def train_kd(cfg:Config) -> RunFolder: # the finished run
         with first(ranks):
             if ranks.leads: run.claim(cfg, ids, environment(pick_device(cfg.device, ranks), cfg.threads))
             if ranks.leads and labels: write_json(run.path/'labels.json', labels)
-        if trainer: trainer.fit()
+        if trainer: fit(trainer)
         elif ranks.leads and cfg.mode == 'teacher' and not run.published.exists(): run.publish()
         ranks.wait()                                                   # the run is finished for all, or for none
     return run
