@@ -118,7 +118,7 @@ def beam(log_probs:np.ndarray, # (b,t,c)
         arrives = np.where(join, np.take_along_axis(more, np.repeat(last[:, None], width, 1), 2), -inf).max(1)
         for i, j, k in zip(*np.nonzero(join)): more[i, j, last[i, k]] = -inf
         quiet, spoke = all_ + p[:, :1], np.logaddexp(np.where(size > 0, spoke + p[r, last], -inf), arrives)
-        every = np.concatenate([np.logaddexp(quiet, spoke), more.reshape(b, -1)], 1)
+        every = np.concatenate([np.logaddexp(quiet, spoke), more.reshape(b, width*c)], 1)
         best = np.argsort(-every, 1, kind='stable')[:, :width]
         grow, old = best >= width, np.where(best < width, best, (best - width)//c)
         new = np.where(grow, (best - width) % c, 0)
