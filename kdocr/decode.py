@@ -32,6 +32,8 @@ def _padded(rows, charset) -> np.ndarray: # texts -> (b,n) classes, 0 where one 
     n = max(map(len, rows), default=0)
     return np.array([r + [0]*(n - len(r)) for r in rows], dtype=np.int64).reshape(len(rows), n)
 
+def _sizes(texts) -> np.ndarray: return np.array([len(x) for x in texts], dtype=np.int64)
+
 def _sweep(log_probs, ids) -> tuple[np.ndarray, np.ndarray]: # what arrives before each step (t+1,b,2n+1), and what has spoken after it (t,b,2n+1)
     (b, t, _), n = log_probs.shape, ids.shape[1]
     states = np.zeros((b, 2*n + 1), np.int64)
@@ -54,7 +56,7 @@ def log_prob(log_probs:np.ndarray, # (b,t,c)
              charset:Charset) -> np.ndarray: # (b,) nats; -inf where the steps are too few
     "The logarithm of the probability that each text is said."
     arrived = _sweep(log_probs, _padded(texts, charset))[0][-1]
-    return arrived[np.arange(len(texts)), [2*len(x) for x in texts]]
+    return arrived[np.arange(len(texts)), 2*_sizes(texts)]
 
 # %% ../nbs/05_decode.ipynb #000c
 def _around(log_probs, ids): # (b,t,n) what arrives at each character's place before step t, any way and by way of a blank; largest 1
@@ -71,7 +73,7 @@ def _around(log_probs, ids): # (b,t,n) what arrives at each character's place be
 def _instead(log_probs, texts, charset) -> np.ndarray: # (b,n,c) probability of each text with its k-th character replaced; scaled alike along c
     ids, back = _padded(texts, charset), _padded([x[::-1] for x in texts], charset)
     (b, n), t = ids.shape, log_probs.shape[1]
-    end = np.clip(np.array([len(x) for x in texts])[:, None] - 1 - np.arange(n), 0, None)       # each character's number from the end
+    end = np.clip(_sizes(texts)[:, None] - 1 - np.arange(n), 0, None)       # each character's number from the end
     come, leave = _around(log_probs, ids), [np.take_along_axis(x[:, ::-1], end[:, None], 2) for x in _around(log_probs[:, ::-1], back)]
     p = np.exp(log_probs - log_probs.max(-1, keepdims=True))
     left, right = np.pad(ids, ((0, 0), (1, 0)))[:, :-1], np.pad(ids, ((0, 0), (0, 1)))[:, 1:]   # the neighbours
@@ -287,7 +289,7 @@ class Reading(NamedTuple):
     char_confidence:tuple[float] # of each character: its share among those that could stand in its place
 
 def _may_stand(texts, charset, g) -> np.ndarray: # (b,n,c) bool: whether the text still fits with that class in that place
-    ids, size = _padded(texts, charset), np.array([len(x) for x in texts])
+    ids, size = _padded(texts, charset), _sizes(texts)
     step = np.vstack([g.step, np.full(g.step.shape[1], -1)])                             # state -1, the last row, is left by no way
     may, q, ends = np.zeros((*ids.shape, len(charset)), bool), np.zeros(len(ids), np.int64), np.append(g.ends, False)
     for k in range(ids.shape[1]):

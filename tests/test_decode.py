@@ -58,10 +58,10 @@ def test_grammar_knows_the_layouts():
 
 @pytest.mark.parametrize('spread', SPREADS)
 def test_every_constrained_reading_is_a_plate(spread):
-    for read in constrained(lattice(40, 16, 37, spread), CS): assert fits(read, 'Brazilian') or fits(read, 'Mercosur')
+    for read in constrained(lattice(8, 16, 37, spread), CS): assert fits(read, 'Brazilian') or fits(read, 'Mercosur')
 
 def test_constrained_is_the_union_of_its_patterns():
-    lp = lattice(60, 16, 37, 2)
+    lp = lattice(20, 16, 37, 2)
     each = [log_prob(lp, constrained(lp, CS, x), CS) for x in ('Brazilian', 'Mercosur')]
     np.testing.assert_allclose(log_prob(lp, constrained(lp, CS), CS), np.maximum(*each), atol=1e-9)
 
@@ -71,14 +71,14 @@ def test_a_batch_reads_as_its_rows_do():
 
 @pytest.mark.parametrize('spread', [.5, 2, 8])
 def test_a_wide_beam_finds_the_best(spread):
-    lp = lattice(30, 5, 5, spread)
-    np.testing.assert_allclose(log_prob(lp, beam(lp, SMALL, 800), SMALL), truth(lp, TEXTS).max(1), atol=1e-9)
+    lp = lattice(10, 4, 5, spread)
+    np.testing.assert_allclose(log_prob(lp, beam(lp, SMALL, 120), SMALL), truth(lp, [x for x in TEXTS if min_steps(x) <= 4]).max(1), atol=1e-9)
 
 def test_a_wider_beam_finds_more():
     "Over many lattices a wider beam finds more probable texts; of width 10 most of the best."
     lp = lattice(200, 5, 5, 1)
-    found = [(log_prob(lp, beam(lp, SMALL, w), SMALL) > truth(lp, TEXTS).max(1) - 1e-9).mean() for w in (1, 10, 100)]
-    assert found[0] < found[1] <= found[2] and found[1] > .7
+    found = [(log_prob(lp, beam(lp, SMALL, w), SMALL) > truth(lp, TEXTS).max(1) - 1e-9).mean() for w in (1, 3, 10)]
+    assert found[0] < found[1] < found[2] and found[2] > .7
 
 def test_greedy_is_what_training_reads():
     torch = pytest.importorskip('torch')
