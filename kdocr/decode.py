@@ -209,7 +209,7 @@ def _ahead(log_probs, g, others=_best_other): # -> (t,b,q,c): to say c at step t
     return out, quiet[:, 0]
 
 # %% ../nbs/05_decode.ipynb #001b
-_TIE = 1e-10 # nats
+_TIE = 1e-10 # nats a character
 
 def _children(log_probs, ahead, g, ids, q, start): # of prefixes (n of them): bounds (n,c), paths in them before each step (n,t+1) by blank and in all
     (n, t, _), last = log_probs.shape, np.array([x[-1] if x else 0 for x in ids])
@@ -233,9 +233,9 @@ def _search(log_probs, g) -> list[tuple]: # classes of the most probable text of
         bounds, quiet, both = _children(log_probs[going], ahead[:, going, q].transpose(1, 0, 2), g, ids, q, np.stack(start))
         for j, i in enumerate(going):
             for d in np.flatnonzero(bounds[j] > -inf).tolist():
-                heappush(heaps[i], (-bounds[j, d], -len(ids[j]), (*ids[j], d), int(g.step[q[j], d]), quiet[j] if ids[j][-1:] == (d,) else both[j]))
-            if g.ends[q[j]]: heappush(heaps[i], (-both[j, -1] - _TIE, -len(ids[j]), ids[j], -1, None))
-            _, _, best, state, come = heappop(heaps[i])
+                heappush(heaps[i], (-bounds[j, d] - _TIE*(len(ids[j]) + 1), (*ids[j], d), int(g.step[q[j], d]), quiet[j] if ids[j][-1:] == (d,) else both[j]))
+            if g.ends[q[j]]: heappush(heaps[i], (-both[j, -1] - _TIE*(len(ids[j]) + 1), ids[j], -1, None))
+            _, best, state, come = heappop(heaps[i])
             if state < 0: found[i] = best
             else: nodes[i] = best, state, come[:-1] + log_probs[i, :, best[-1]]
         going = [i for i in going if not found[i]]

@@ -20,7 +20,7 @@ from PIL import Image
 from .core import KdocrError, atomic_write, nearest, progress
 from .charset import DEFAULT_CHARS, LAYOUTS, Charset, layout_of
 from .decode import DECODERS, Reading, decode, grammar, log_softmax, shared, sum_frames, vote, weigh
-from .icpr import FRAMES
+from .icpr import FRAMES, _broken
 from .pack import fit
 
 # %% ../nbs/60_reader.ipynb #0005
@@ -38,9 +38,10 @@ def _sized(h, w):
     if h*w > LARGEST: raise KdocrError(f'{w}x{h} pixels; more than {LARGEST/1e6:.0f} million are not decoded: cut out the plate')
     if h < SMALLEST[0] or w < SMALLEST[1]: raise KdocrError(f'{w}x{h} pixels, too small to hold a plate')
 
-def _eight(x): # grey levels of up to 16 bits, (h,w,...) -> uint8; 12 bits in a 16-bit file are 12 bits
+def _eight(x): # levels of a camera with 8, 10, 12 or 16 bits in a 16-bit file, (h,w,...) -> uint8
     x = np.clip(x, 0, 65535).astype(np.uint16)
-    return (x >> max(0, int(x.max()).bit_length() - 8)).astype(np.uint8)
+    bits = int(x.max(initial=0)).bit_length()
+    return (x >> next((n - 8 for n in (8, 10, 12) if bits <= n), 8)).astype(np.uint8)
 
 def _rgb(im) -> np.ndarray: # PIL -> (h,w,3) uint8
     if im.mode == 'F': raise KdocrError('floating-point pixels: what is white cannot be known; save it with 8 or 16 bits')
@@ -71,7 +72,10 @@ def _from_file(path) -> Picture:
         if not p.stat().st_size: raise KdocrError('empty file (0 bytes)')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning) # `_sized` is stricter
-            with Image.open(p, formats=FORMATS) as im: return _from_pil(im)
+            with Image.open(p, formats=FORMATS) as im:
+                _sized(im.height, im.width)
+                if im.format == 'PNG' and (what := _broken(p.read_bytes())): raise KdocrError(what) # Pillow looks at no check sum
+                return _from_pil(im)
     except KdocrError: raise
     except Image.UnidentifiedImageError: raise KdocrError(f'no picture ({", ".join(FORMATS)})') from None
     except Image.DecompressionBombError: raise KdocrError(f'more than {LARGEST/1e6:.0f} million pixels are not decoded: cut out the plate') from None
@@ -107,7 +111,7 @@ def _printable(path) -> str: return os.fsencode(path).decode('utf-8', 'replace')
 def _track(folder:str, names:list[str]) -> Item|None: # None where the folder is no track
     found = [(m[1].lower(), int(m[2]), n) for n in names if (m := _FRAME.fullmatch(n)) and m[3].lower() in SUFFIXES]
     if not found and not os.path.basename(folder).lower().startswith('track_'): return None
-    kind = 'lr' if any(k == 'lr' for k, _, _ in found) else 'hr'
+    kind = 'hr' if found and all(k == 'hr' for k, _, _ in found) else 'lr'
     frames, twice = {}, []
     for k, i, name in found:
         if k != kind: continue
@@ -315,9 +319,10 @@ class Reader(_Joins):
                batch:int=64        # plates whose pictures are in memory at a time
               ) -> Iterator[Record]:
         "A record a plate, in order, as they come. Raises `KdocrError` only for settings: what cannot be read is a record with an error."
-        how, left = self.settle(decoder, layout, frames), iter(items(images))
+        how = self.settle(decoder, layout, frames)
         if batch < 1: raise KdocrError(f'batch {batch}: at least 1 is needed')
-        while some := list(islice(left, batch)): yield from self._some(some, how)
+        left = iter(items(images))
+        return (r for some in iter(lambda: list(islice(left, batch)), []) for r in self._some(some, how))
 
     def read(self, images, decoder:str='constrained', layout:str='auto', frames:str='auto', batch:int=64) -> list[Record]: # as `stream` has them
         "A record a plate."
@@ -352,9 +357,8 @@ def read_paths(paths:list,         # pictures, tracks and folders
     shape = shape or (suffix if suffix in SHAPES else 'table')
     if shape not in SHAPES: raise KdocrError(f'format {shape!r}{nearest(shape, SHAPES)}')
     if out and out.is_dir(): raise KdocrError(f'{out}: a folder, where a file is to be written')
-    reader = Reader.load(ckpt, device, threads)
-    reader.settle(decoder, layout, frames)
     todo, bad = list(items(list(paths))), 0                # names alone; pictures are opened a batch at a time
+    read = Reader.load(ckpt, device, threads).stream(todo, decoder, layout, frames, batch)
     def noted(records, bar):
         nonlocal bad
         for r in records:
@@ -363,7 +367,7 @@ def read_paths(paths:list,         # pictures, tracks and folders
             yield r
     quiet = len(todo) <= batch or (out is None and sys.stdout.isatty()) # a table that scrolls by is its own progress
     with progress(total=len(todo), desc='reading', disable=quiet) as bar, _opened(out) as f:
-        for line in _lines(noted(reader.stream(todo, decoder, layout, frames, batch), bar), shape): print(line, file=f)
+        for line in _lines(noted(read, bar), shape): print(line, file=f)
     return bad
 
 @contextmanager
