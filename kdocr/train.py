@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRADIENTS', 'pick_device', 'half_of', 'pick_precision', 'autocast', 'room', 'lr_at', 'read_frames', 'evaluate',
-           'Average', 'Stepper', 'to_rows', 'not_finite', 'Keeper', 'rank', 'Trainer']
+           'calibration', 'Average', 'Stepper', 'to_rows', 'not_finite', 'Keeper', 'rank', 'Trainer']
 
 # %% ../nbs/41_train.ipynb #0002
 import math, time
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from .ranks import Ranks, shared_batchnorm
 from .core import KdocrError, Stopped, progress, seed_of, stop_signals
 from .config import Config
-from .charset import Charset
+from .charset import LAYOUTS, Charset, layout_of
+from .decode import fit_temperature, log_softmax
 from .metrics import Prediction, score
+from .icpr import FRAMES
 from .data import Data, PlateBatch, rows_of, settle
 from .fast import compile_taps
 from .ctc import check_spellable, ctc_loss, greedy
@@ -94,6 +96,26 @@ def evaluate(model:nn.Module,     # with `forward_taps`
     model.train(mode)
     parts = ranks.gather(preds)
     return [p for some in zip_longest(*parts) for p in some if p is not None]
+
+# %% ../nbs/41_train.ipynb #0030db99
+@torch.no_grad()
+def calibration(model:nn.Module, dataset, charset:Charset, device:torch.device, # in eval mode; what validates
+                precision:str='fp32',
+                alone:bool=True,  # frames are read one by one and their log-probabilities joined; False: the model sees them at once
+                tracks:int=500    # at most, spread over the part
+               ) -> dict:         # plain values for a checkpoint
+    "`temperatures` for one to five frames, `temperature` for one, `layouts` that all texts fit, or none."
+    said, texts = {k: [] for k in range(1, FRAMES + 1)}, []
+    for rows in torch.linspace(0, len(dataset) - 1, min(tracks, len(dataset))).long().split(64):
+        batch = dataset.batch(rows, 0, device, FRAMES)
+        texts += [t if t and set(t) <= set(charset.chars) else None for t in batch.texts]
+        with autocast(device, precision): each = read_frames(model, batch.images.flatten(0, 1)[:, None], False).unflatten(0, batch.images.shape[:2]) if alone else None
+        for k in said:
+            with autocast(device, precision): x = each[:, :k].float().log_softmax(-1).mean(1) if alone else read_frames(model, batch.images[:, :k], False)
+            said[k].append(x.float().cpu())
+    layouts = list(LAYOUTS) if any(texts) and all(layout_of(t) for t in texts if t) else []
+    found = [round(fit_temperature(log_softmax(torch.cat(x).numpy()), texts, charset, 'either' if layouts else ''), 4) for x in said.values()]
+    return dict(temperature=found[0], temperatures=found, layouts=layouts)
 
 # %% ../nbs/41_train.ipynb #304e4ce7
 class Average(nn.Module):
@@ -263,9 +285,11 @@ class Trainer(Keeper):
         parts = {k: d for k, d in (('val', self.data.val), ('test', self.data.test)) if d is not None}
         preds = {k: self.read(model, d) for k, d in parts.items()}
         if not self.ranks.leads: return
+        best = load_checkpoint(self.run.best)
+        save_checkpoint(self.run.best, dict(best, **calibration(model, self.data.val, self.charset, self.device, self.precision, self.cfg.frames == 1)))
         if self.cfg.mode == 'teacher': self.run.publish()
         self.tell()
-        self.run.finish(preds, step=load_checkpoint(self.run.best)['step'], steps=self.total, seconds=self.seconds())
+        self.run.finish(preds, step=best['step'], steps=self.total, seconds=self.seconds())
 
     def fit(self, watch=iter): # what the steps' records pass through on their way: a generator of a generator
         "Go on from the last checkpoint, or start. Raises `Stopped` after a signal, with all saved."
