@@ -98,8 +98,8 @@ class HeldOut(NamedTuple):
 
 def _open(r:Run) -> HeldOut:
     root = r.cfg.data or r.cfg.out/'embedded'
-    here = next((p for p in (root, r.path.parent/root.name) if p.is_dir()), None)
-    if here is None: raise KdocrError(f'{r.path}: its data are gone, there is no folder {root}')
+    here = next((p for p in (root, r.path.parent/root.name) if p.exists()), None)
+    if here is None: raise KdocrError(f'{r.path}: its data are gone, there is no {root}')
     cfg = r.cfg.model_copy(update=dict(data=here))
     d, env = open_data(cfg), read_json(RunFolder(r.path).env)
     if d.fingerprint != env.get('data_fingerprint'): raise KdocrError(f'{r.path}: the data in {here} are not those that it trained on')
