@@ -258,7 +258,7 @@ def _row_faults(row, first, names, files) -> Iterator[str]: # first: the track's
     if row['split'] and row['split'] not in _SPLITS: yield f'split {row["split"]!r}{nearest(row["split"], _SPLITS)}'
     if not row['text'] and row['split'] != 'test': yield 'the text is empty'
     for k in ('text', 'split', 'scenario', 'layout'):
-        if row[k] != first[k]: yield f'{k} {row[k]!r}, but an earlier row of track {row["track"]!r} has {first[k]!r}'
+        if row['track'] and row[k] != first[k]: yield f'{k} {row[k]!r}, but an earlier row of track {row["track"]!r} has {first[k]!r}'
     for k in names:
         if not row[k]: yield f'no path under {k}'
     if any(len(f) == FRAMES for f in files.values()): yield f'track {row["track"]!r} has {FRAMES} frames already'
@@ -276,7 +276,7 @@ def _listed(path:Path) -> Index:
         for what in (*odd, *_row_faults(row, first, names, files)): fault(line, what, key)
         for k in names:
             try: files.setdefault(k, {}).setdefault((line, row[k]), _stamp(folder/row[k]) if row[k] else (0, 0))
-            except KdocrError as e: fault(line, f'{folder/row[k]}: {e}', key)
+            except KdocrError as e: fault(line, f'{row[k]}: {e}', key)
     return _as_index(path, tracks, faults, wrong)
 
 
