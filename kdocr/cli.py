@@ -9,6 +9,7 @@ __all__ = ['synth', 'check', 'pack', 'demo', 'report', 'compare', 'sweep', 'run'
 import argparse, os, sys
 from pathlib import Path
 from .core import KdocrError, guard, write_json
+from .charset import DEFAULT_CHARS
 
 # %% ../nbs/69_cli.ipynb #0005
 def synth(a):
@@ -16,8 +17,9 @@ def synth(a):
     print(synth(a.folder, tracks=a.tracks, test=a.test, seed=a.seed, fonts=a.fonts, workers=a.workers, variety=a.variety))
 
 def check(a):
+    from kdocr.charset import Charset, read_charset
     from kdocr.icpr import check
-    return 1 if check(a.folder).faults else 0
+    return 1 if check(a.folder, Charset(read_charset(a.charset)), a.width).faults else 0
 
 def pack(a):
     from kdocr.pack import pack_data
@@ -99,10 +101,12 @@ def parser() -> argparse.ArgumentParser:
         arg('--fonts', type=Path, metavar='DIR', help='a folder of .ttf files to draw with, instead of the shipped ones'),
         arg('--variety', type=float, default=0.3, metavar='V', help='0 to 1: 0.3 for small models and short runs, 1 for models that must read photographs (default: 0.3)'),
         arg('--workers', type=int, metavar='N', help='processes; the files are the same for any number (default: one a core)'))
-    command(check, 'tell what is in a folder of tracks; exit status 1 if something is wrong, each fault named by its path',
-        arg('folder', type=Path, metavar='DIR'))
-    command(pack, 'decode a folder of tracks once, beforehand; training does it by itself where nobody did',
-        arg('folder', type=Path, metavar='DIR'), arg('out', type=Path, nargs='?', metavar='OUT', help='where the arrays go (default: DIR/.kdocr, where training looks)'),
+    command(check, 'tell what is in a folder of tracks, or in a CSV; exit status 1 if something is wrong, each fault named by its path',
+        arg('folder', type=Path, metavar='DATA', help='a folder in the competition\'s layout, or a CSV of hr,lr,text or image,text'),
+        arg('--charset', default=DEFAULT_CHARS, metavar='CHARS', help='the characters that texts may have, or a .txt file with them (default: digits and capital letters)'),
+        arg('--width', type=int, default=128, metavar='W', help='of the network\'s input, pixels; a text must fit its W/8 time steps (default: 128)'))
+    command(pack, 'decode a folder of tracks, or what a CSV lists, once, beforehand; training does it by itself where nobody did',
+        arg('folder', type=Path, metavar='DATA'), arg('out', type=Path, nargs='?', metavar='OUT', help='where the arrays go (default: DATA/.kdocr, where training looks)'),
         arg('--height', type=int, default=32, metavar='H', help='pixels (default: 32)'), arg('--width', type=int, default=128, metavar='W', help='pixels (default: 128)'),
         arg('--views', type=int, default=0, metavar='N', help='degraded copies of each HR frame, for student_input degraded and mix (default: 0)'),
         arg('--workers', type=int, metavar='N', help='processes; the arrays are the same for any number (default: one a core)'),
