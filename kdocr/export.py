@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .core import KdocrError, atomic_write, read_json
-from .charset import LAYOUTS, Charset
+from .charset import DEFAULT_CHARS, LAYOUTS, Charset
 from .config import Config, load_config, make_config
 from .icpr import beside
 from .data import Plates, open_data
@@ -57,9 +57,9 @@ def to_onnx(model:nn.Module, # with `forward_taps`; stays as it is
 def about(ckpt:dict # as `load_checkpoint` gives it
          ) -> dict: # plain values
     "What a reader must know of a checkpoint."
-    spells = set(''.join(map(chr, [*range(48, 58), *range(65, 91)]))) <= set(ckpt['charset'])
-    return dict(charset=ckpt['charset'], height=ckpt['height'], width=ckpt['width'], frames=ckpt['frames'],
-                temperature=float(ckpt.get('temperature', 1.)), model_type=ckpt['model_type'], layouts=LAYOUTS if spells else {})
+    plates = list(LAYOUTS) if set(DEFAULT_CHARS) <= set(ckpt['charset']) else []
+    told = {k: ckpt[k] for k in ('charset', 'height', 'width', 'frames', 'model_type')} | dict(temperature=1., layouts=plates)
+    return told | {k: ckpt[k] for k in ('temperature', 'temperatures', 'layouts') if k in ckpt} # what calibration found
 
 def describe_in(graph, told:dict):
     "Put `told` into the file's metadata."
@@ -147,13 +147,13 @@ def export(path:str|Path,          # a checkpoint
     path, allowed = Path(path), .02 if half else 1e-4
     ckpt = load_checkpoint(path)
     model, charset, out = model_of(ckpt, path), Charset(ckpt['charset']), Path(out or path.with_suffix('.onnx'))
-    graph = to_onnx(model, ckpt['frames'], ckpt['height'], ckpt['width'])
-    describe_in(graph, about(ckpt))
-    if half: halved(graph)
-    raw = graph.SerializeToString()
     with tempfile.TemporaryDirectory() as place:
         cfg, where = _settings(ckpt, path, data and Path(data), place)
-        found = compare_graph(model, raw, charset, _batches(open_data(cfg).val, ckpt['frames'], most))
+        val = open_data(cfg).val
+        graph = to_onnx(model, ckpt['frames'], ckpt['height'], ckpt['width'])
+        describe_in(graph, about(ckpt))
+        raw = (halved(graph) if half else graph).SerializeToString()
+        found = compare_graph(model, raw, charset, _batches(val, ckpt['frames'], most))
     if found.same < found.readings or not found.apart <= allowed:
         raise KdocrError(f'{out}: not written, it does not read as {path} does on {where}: {found}; asked are all strings and {allowed}')
     with on_disk(out), atomic_write(out) as tmp: tmp.write_bytes(raw)

@@ -195,6 +195,7 @@ class Index:
     seen:list[Track]      # all of them, those left out too
     lines:dict[str, int] = field(default_factory=dict, repr=False) # key -> its first line in the CSV; {} for a folder
     val:frozenset[str] = frozenset() # keys that the CSV names for validation
+    asked:tuple[Track, ...] = field(default=(), repr=False) # all of the test part, those left out of `test` too: without the texts beside it
 
     @property
     def pictures(self) -> dict[Path, str]: # every frame that has bytes -> lr or hr
@@ -282,7 +283,7 @@ def _listed(path:Path) -> Index:
 
 # %% ../nbs/12_icpr.ipynb #415fdbeb
 def _as_index(path, tracks, faults, wrong) -> Index:
-    parts, seen, val = {'train': [], 'test': []}, [], set()
+    parts, seen, asked, val = {'train': [], 'test': []}, [], [], set()
     most = max(len(f) for _, _, files in tracks.values() for f in files.values())
     for key, (_, row, files) in tracks.items():
         part, text = row['split'] or 'train', row['text'] or None
@@ -292,10 +293,11 @@ def _as_index(path, tracks, faults, wrong) -> Index:
         t = Track(key, text, row['layout'] or layout_of(row['text']) or '', row['scenario'], path.parent, filled(of, 'lr'), filled(of, 'hr'),
                   stamps=filled(stamps, 'lr') + filled(stamps, 'hr'))
         seen.append(t)
+        if part == 'test': asked.append(t)
         if key in wrong: continue
         parts['test' if part == 'test' else 'train'].append(t)
         if part == 'val': val.add(key)
-    return Index(path, parts['train'], parts['test'], faults, seen, {k: line for k, (line, *_) in tracks.items()}, frozenset(val))
+    return Index(path, parts['train'], parts['test'], faults, seen, {k: line for k, (line, *_) in tracks.items()}, frozenset(val), tuple(asked))
 
 def beside(root:str|Path) -> Path: # `root` itself, or for `pairs.csv` the folder `pairs.kdocr`
     "The folder of what is made from the data: the split, the packs."
@@ -321,7 +323,7 @@ def index(root:str|Path,
     root = Path(root)
     if root.is_file() and root.suffix.lower() == '.csv': return _listed(root)
     if not root.is_dir(): raise KdocrError(f'{root}: {"neither a folder nor a .csv file" if root.exists() else "no such folder"}')
-    parts, faults, seen, first, top = {'train': [], 'test': []}, [], [], {}, root.resolve().name
+    parts, faults, seen, asked, first, top = {'train': [], 'test': []}, [], [], [], {}, root.resolve().name
     walk = list(_walk(str(root), faults))
     if not walk: raise KdocrError(f'{root}: no tracks in it (expected train/Scenario-*/*/track_*/lr-001.* or test/track_*/lr-001.*)')
     folders = [root.joinpath(*above) for above, _ in walk]
@@ -330,8 +332,9 @@ def index(root:str|Path,
         if first.setdefault(track.key, folder) != folder: wrong.append(Fault(folder, f'a second track of this name; the first is {first[track.key]}'))
         faults += wrong
         seen.append(track)
+        if part == 'test': asked.append(track)
         if not wrong: parts[part].append(track)
-    return Index(root, parts['train'], _labelled(parts['test'], faults), faults, seen)
+    return Index(root, parts['train'], _labelled(parts['test'], faults), faults, seen, asked=tuple(asked))
 
 # %% ../nbs/12_icpr.ipynb #001f
 def _text_fault(t:Track, charset:Charset, steps:int, plate:bool) -> str|None:
