@@ -215,3 +215,12 @@ def test_no_place_to_write(competition, tmp_path):
 def test_photographs(tmp_path, capsys):
     out = submit(PHOTOGRAPHS/'test', [checkpoint(tmp_path/'a.pth')], tmp_path/'s.zip')
     assert len(lines(out)) == 226 and check_submission(out, PHOTOGRAPHS/'test') == [] and '226 tracks' in capsys.readouterr().out
+
+
+def test_an_onnx_file_reads_as_its_checkpoint(competition, tmp_path):
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed')
+    from kdocr.export import export
+    ckpt = checkpoint(tmp_path/'a.pth')
+    file = export(ckpt, data=competition)
+    a, b = (lines(submit(competition, [p], tmp_path/f'{p.suffix}.zip')) for p in (ckpt, file))
+    assert a == b and len(a) == 3
