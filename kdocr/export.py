@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from .core import KdocrError, atomic_write, read_json
 from .charset import DEFAULT_CHARS, LAYOUTS, Charset
-from .config import Config, load_config, make_config
-from .icpr import beside
-from .data import Plates, open_data
+from .config import Config, load_config
+from .icpr import Track, beside, index
+from .synth import synth
+from .pack import decode
+from .data import to_input
 from .fast import folded
 from .ctc import greedy
 from .run import load_checkpoint, model_of, on_disk
@@ -100,7 +102,7 @@ class Comparison:
     frames:tuple[int, ...] # of a track, that were read at once
 
     def __str__(self): return (f'{self.same:,} of {self.readings:,} strings the same, probabilities within {self.apart:.1e} '
-                               f'({" and ".join(map(str, self.frames))} frame{"s" * (self.frames[-1] > 1)} at once)')
+                               f'({" and ".join(map(str, self.frames)) or "no"} frame{"s" * (self.frames[-1:] > (1,))} at once)')
 
 @torch.no_grad()
 def compare_graph(model:nn.Module, file:Path|bytes, charset:Charset, batches) -> Comparison: # batches of images (b,f,3,H,W)
@@ -121,20 +123,25 @@ def run_config(path:Path) -> Config|None: # None where the checkpoint lies alone
     places = path.parent.parent, path.with_name(path.name.removesuffix('_best.pth'))
     return next((load_config(p/'config.yaml') for p in places if (p/'config.yaml').is_file()), None)
 
-def _settings(ckpt, path, data, out) -> tuple[Config, str]: # what to open, and what to call it
-    cfg, sizes = run_config(path), {k: ckpt[k] for k in ('height', 'width', 'frames', 'charset')}
-    if data is None and cfg is not None and (root := cfg.data or cfg.out/'embedded').exists():
-        return cfg.model_copy(update=dict(data=root, **sizes)), f'the validation split of {root}'
-    asked = dict(mode='student', distill_weight=0, skip_faulty=True, out=out, **sizes)
-    if data is None: return make_config(dict(asked, synth_tracks=160, synth_test=0, val_share=.4, charset=Charset().chars)), 'drawn plates'
-    split = beside(data)/'split.json'
-    return make_config(dict(asked, data=data, **({'val_share': read_json(split)['val_share']} if split.is_file() else {}))), f'the validation split of {data}'
+def _tracks(path:Path, data:Path|None, place:str) -> tuple[list[Track], str, str]: # what to read, lr or hr, and what to call it
+    cfg = run_config(path)
+    kind, own = 'hr' if cfg and cfg.mode == 'teacher' else 'lr', cfg and (cfg.data or cfg.out/'embedded')
+    root = data or (own if own and own.exists() else synth(place, tracks=0, test=120, seed=0, workers=1))
+    found, split = index(root), beside(root)/'split.json'
+    val = set(read_json(split).get('val', ())) if split.is_file() else ()
+    if held := [t for t in found.train if t.key in val]: return held, kind, f'the validation split of {root}'
+    return [*found.train, *found.test], kind, 'drawn plates' if str(root) == place else str(root)
 
-def _batches(val:Plates, frames:int, most:int) -> Iterator[Tensor]: # what the model reads at once, and single frames
-    for rows in torch.arange(min(len(val), most)).split(31): # not a round number
-        x = val.batch(rows, frames=5).images                 # (b,5,3,H,W), or as many frames as there are
+def _batches(tracks, kind, ckpt, most:int) -> Iterator[Tensor]: # what the model reads at once, and single frames
+    for i in range(0, min(len(tracks), most), 31): # not a round number
+        seen = []
+        for t in tracks[i:min(i + 31, most)]:
+            try: seen.append(decode(t, ckpt['height'], ckpt['width'], 0, 0)[0])
+            except KdocrError: continue # what is wrong with the data is nothing that is wrong with the file
+        if not seen: continue
+        x = to_input(torch.from_numpy(np.stack([s.get(kind, s['lr']) for s in seen]))) # (b,5,3,H,W), or as many frames as there are
         yield x.flatten(0, 1)[:, None]
-        yield x[:, :frames] if frames > 1 else x
+        yield x[:, :ckpt['frames']] if ckpt['frames'] > 1 else x
 
 # %% ../nbs/62_export.ipynb #5d9d02b5
 def export(path:str|Path,          # a checkpoint
@@ -148,12 +155,12 @@ def export(path:str|Path,          # a checkpoint
     ckpt = load_checkpoint(path)
     model, charset, out = model_of(ckpt, path), Charset(ckpt['charset']), Path(out or path.with_suffix('.onnx'))
     with tempfile.TemporaryDirectory() as place:
-        cfg, where = _settings(ckpt, path, data and Path(data), place)
-        val = open_data(cfg).val
+        tracks, kind, where = _tracks(path, data and Path(data), place)
         graph = to_onnx(model, ckpt['frames'], ckpt['height'], ckpt['width'])
         describe_in(graph, about(ckpt))
         raw = (halved(graph) if half else graph).SerializeToString()
-        found = compare_graph(model, raw, charset, _batches(val, ckpt['frames'], most))
+        found = compare_graph(model, raw, charset, _batches(tracks, kind, ckpt, most))
+    if not found.readings: raise KdocrError(f'{where}: none of its tracks can be read; name others with --data')
     if found.same < found.readings or not found.apart <= allowed:
         raise KdocrError(f'{out}: not written, it does not read as {path} does on {where}: {found}; asked are all strings and {allowed}')
     with on_disk(out), atomic_write(out) as tmp: tmp.write_bytes(raw)
