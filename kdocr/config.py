@@ -105,6 +105,10 @@ class ViewSettings(DataSettings):
     "Fixed geometric maps of each training track, one of which a step shows; 0: a new one every step. Fixed ones let the teacher's taps be cached."
     recombine: float = Field(0.0, ge=0, le=1)
     "Share of training pictures that join the letters of one plate to the rest of another: for data with few texts."
+    shrink: float = Field(0.0, ge=0, le=1)
+    "Share of training pictures that are blurred, shrunk to a random height and brought up again: for a reader of any height."
+    hr_share: float = Field(0.0, ge=0, le=1)
+    "Share of the student's training pictures that are HR frames: for a reader of any height."
 
 # %% ../nbs/02_config.ipynb #0011
 class StepSettings(ViewSettings):

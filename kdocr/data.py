@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 from .core import KdocrError, digest, moved, seed_of, writable
 from .charset import LAYOUTS, Charset, fits
 from .config import Config
-from .augment import apply_light, draw_geometry, draw_light, warp
+from .augment import apply_light, draw_geometry, draw_light, draw_shrink, shrink, warp
 from .icpr import Index, Split, beside, index, shared_split, text_faults
-from .pack import Pack, faulty, pack
+from .pack import FRAMES, Pack, faulty, pack
 from .synth import synth
 
 # %% ../nbs/16_data.ipynb #0005
@@ -74,11 +74,12 @@ class Tracks(Dataset):
                  seed:int=0,
                  train:bool=True,     # False: the first frames in order, nothing random
                  recombine:float=0.,  # share of pictures joined from two plates
-                 geometry_views:int=0): # maps a track; 0: a new one every step
+                 geometry_views:int=0, # maps a track; 0: a new one every step
+                 shrink:float=0.):  # share of the pictures seen from farther away
         row = {k: i for i, k in enumerate(pack.keys)}
         if not 1 <= frames <= pack.lr.shape[1]: raise KdocrError(f'frames: {frames}; a track has 1 to {pack.lr.shape[1]}')
         self.pack, self.frames, self.seed, self.train = pack, frames, seed, train
-        self.augment, self.recombine = (augment, recombine) if train else (0., 0.)
+        self.augment, self.recombine, self.shrink = (augment, recombine, shrink) if train else (0., 0., 0.)
         self.keys, self.rows = list(keys), np.array([row[k] for k in keys], dtype=int)
         self.texts = [pack.texts[i] for i in self.rows]
         self.resident = {}    # arrays of the pack that `settle` brought into a device's memory, by name
@@ -158,10 +159,12 @@ class Plates(Pictures):
     def _seen(self, b, n, which, g, part): # bytes to what the networks see; n tracks in the whole batch
         pick = torch.zeros(n, dtype=torch.long) if self.maps is None else torch.randint(self.maps.shape[1], (n,), generator=g)
         if self.fixed is None and which is not None: b = replace(b, views=(which * (1 if self.maps is None else self.maps.shape[1]) + pick)[part])
-        if not self.augment: return replace(b, images=to_input(b.images), clean_hr=None if b.clean_hr is None else to_input(b.clean_hr))
+        far = draw_shrink(n, self.shrink, g)[part] if self.shrink else None
+        if not self.augment: return replace(b, images=to_input(b.images if far is None else shrink(b.images, far)), clean_hr=None if b.clean_hr is None else to_input(b.clean_hr))
         theta = draw_geometry(n, self.augment, g)[part] if self.maps is None else self.maps[b.rows, pick[part]]
         matrix, offset = draw_light(n, self.augment, g)
         images, *clean = warp(theta, *(x for x in (b.images, b.clean_hr) if x is not None)) # one map for both
+        if far is not None: images = shrink(images, far) # what is learnt from; the teacher stays near
         return replace(b, images=apply_light(to_input(images), matrix[part], offset[part]), clean_hr=to_input(clean[0]) if clean else None)
 
 # %% ../nbs/16_data.ipynb #000d
@@ -195,9 +198,9 @@ def _in_light_of(x, like): # (k,f,h,w,3) uint8: the colours of x with the mean a
 # %% ../nbs/16_data.ipynb #000f
 class ICPR_LPR_HR_Dataset(Plates):
     "HR frames; `clean_hr` is None."
-    def __init__(self, pack:Pack, keys, frames:int=1, augment:float=0., seed:int=0, train:bool=True, recombine:float=0.):
+    def __init__(self, pack:Pack, keys, frames:int=1, augment:float=0., seed:int=0, train:bool=True, recombine:float=0., shrink:float=0.):
         if pack.hr is None: raise KdocrError(f'{pack.folder}: these tracks have no HR frames')
-        super().__init__(pack, keys, frames, augment, seed, train, recombine)
+        super().__init__(pack, keys, frames, augment, seed, train, recombine, shrink=shrink)
 
     def pictures(self, at, frames, g, device, clean, part):
         at, frames = at[part], frames[part]
@@ -206,22 +209,29 @@ class ICPR_LPR_HR_Dataset(Plates):
 # %% ../nbs/16_data.ipynb #0012
 class ICPR_LPR_Distill_Dataset(Plates):
     "LR frames or degraded HR frames, paired with the clean HR frames that the teacher sees."
-    def __init__(self, pack:Pack, keys, frames:int=1, augment:float=0., seed:int=0, train:bool=True, recombine:float=0., geometry_views:int=0,
+    def __init__(self, pack:Pack, keys, frames:int=1, augment:float=0., seed:int=0, train:bool=True, recombine:float=0., geometry_views:int=0, shrink:float=0.,
                  student_input:str='lr',       # lr, degraded or mix
                  degraded_share:float=0.5,     # of the mix
+                 hr_share:float=0.,            # of the training pictures that are HR frames instead
                  clean_hr_guided:bool=True):   # False: a standard batch, `clean_hr` None
         if clean_hr_guided and pack.hr is None: raise KdocrError(f'{pack.folder}: these tracks have no HR frames for a teacher; clean_hr_guided: false does without')
         if student_input not in ('lr', 'degraded', 'mix'): raise KdocrError(f'student_input: {student_input!r}; known: lr, degraded, mix')
         if student_input != 'lr' and pack.degraded is None: raise KdocrError(f'{pack.folder}: no degraded views in this pack; make it with views >= 1')
-        super().__init__(pack, keys, frames, augment, seed, train, recombine, geometry_views)
+        if hr_share and pack.hr is None: raise KdocrError(f'{pack.folder}: these tracks have no HR frames, which hr_share asks for')
+        super().__init__(pack, keys, frames, augment, seed, train, recombine, geometry_views, shrink)
+        self.hr_share = hr_share if train else 0.
         self.share = {'lr': 0., 'degraded': 1., 'mix': degraded_share}[student_input]
         self.clean_hr_guided = clean_hr_guided
 
     def pictures(self, at, frames, g, device, clean, part):
         some, view = self._degraded(len(at), g)
+        near = (torch.rand(len(at), generator=g).numpy() < self.hr_share)[part].nonzero()[0] if self.hr_share else []
         at, frames, some, view = at[part, None], frames[part], np.flatnonzero(some[part]), view[part] # (b,1) broadcasts with frames (b,f)
         images, heights = self.take('lr', at, frames, device=device), self.pack.heights['lr'][at, frames]
         if len(some): images[moved(torch.from_numpy(some), images.device)] = self.take('degraded', at[some], view[some], frames[some], device=device)
+        if len(near):
+            images[moved(torch.from_numpy(near), images.device)] = self.take('hr', at[near], frames[near], device=device)
+            heights[near] = self.pack.heights['hr'][at[near], frames[near]]
         return images, self.take('hr', at, frames, device=device) if self.clean_hr_guided and clean else None, heights
 
     def _degraded(self, n, g): # (n,) who gets a degraded copy, (n,1) which
@@ -333,11 +343,11 @@ def _hidden(cfg, data): # the training tracks as label_share has them: no text, 
 
 def _hr(cfg, packed, keys, train):
     packed, bad = packed
-    return ICPR_LPR_HR_Dataset(packed, [k for k in keys if k not in bad], cfg.frames, cfg.augment, cfg.seed, train, cfg.recombine)
+    return ICPR_LPR_HR_Dataset(packed, [k for k in keys if k not in bad], cfg.frames, cfg.augment, cfg.seed, train, cfg.recombine, cfg.shrink)
 
 def _pair(cfg, packed, keys, train):
     packed, bad = packed
-    how = dict(geometry_views=cfg.geometry_views, student_input=cfg.student_input, degraded_share=cfg.degraded_share, clean_hr_guided=cfg.clean_hr_guided) if train else dict(clean_hr_guided=False)
+    how = dict(geometry_views=cfg.geometry_views, student_input=cfg.student_input, degraded_share=cfg.degraded_share, clean_hr_guided=cfg.clean_hr_guided, shrink=cfg.shrink, hr_share=cfg.hr_share) if train else dict(clean_hr_guided=False)
     return ICPR_LPR_Distill_Dataset(packed, [k for k in keys if k not in bad], cfg.frames, cfg.augment, cfg.seed, train, cfg.recombine, **how)
 
 def _scored(cfg, packed):

@@ -34,6 +34,7 @@ class Conditions:
     radius:float   # its sigma
     noise:float    # sigma
     quality:int    # JPEG
+    bloom:float    # light that spills from what is brighter than 150, as a share
 
 # %% ../nbs/11_degrade.ipynb #0008
 def track_conditions(rng:np.random.Generator,
@@ -50,7 +51,8 @@ def track_conditions(rng:np.random.Generator,
     glare = (u(0, 1), u(-.1, .5), u(.1, .35), u(40, 160) if rng.random() < (.15 if bad else .06)*variety else 0.)
     return Conditions(exposure, haze, tuple(1 + u(-.1, .1, 3)), night, (u(-.35, .35), u(-.3, .3)), glare,
                       rain=u(.2, 1) if bad and rng.random() < .35 else 0., blur=u(.6, 1.05), motion=u(0, 1.2), angle=u(-.4, .4) if rng.random() < .6 else u(0, math.pi),
-                      contrast=u(58, 92), sharpen=u(2.4, 5.5), radius=u(1., 1.6), noise=u(.3, 3.5), quality=int(u(45, 92)))
+                      contrast=u(58, 92), sharpen=u(2.4, 5.5), radius=u(1., 1.6), noise=u(.3, 3.5), quality=int(u(45, 92)),
+                      bloom=u(0, 1.5) if variety > VARIETY and rng.random() < (.6 if night else .15) else 0.)
 
 # %% ../nbs/11_degrade.ipynb #000b
 def light(picture:np.ndarray,  # (h,w,3) uint8 RGB
@@ -68,6 +70,7 @@ def light(picture:np.ndarray,  # (h,w,3) uint8 RGB
     if c.glare[3]:
         far = ((x + .5 - c.glare[0])**2 + (y*h/w + .2 - c.glare[1]*h/w)**2)/c.glare[2]**2
         lit += (c.glare[3]*np.exp(-far))[..., None]
+    if c.bloom: lit += c.bloom*cv2.GaussianBlur((lit - 150).clip(0, 200), (0, 0), w/50)
     if c.rain: _rain(lit, c.rain, rng)
     if c.haze: lit += np.float32(c.haze)*(1 - lit/400)
     return lit.clip(0, 255).astype(np.uint8)
