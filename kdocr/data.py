@@ -24,7 +24,7 @@ from .charset import LAYOUTS, Charset, fits
 from .config import Config
 from .augment import apply_light, draw_geometry, draw_light, draw_shrink, shrink, warp
 from .icpr import Index, Split, beside, index, shared_split, text_faults
-from .pack import FRAMES, Pack, faulty, pack
+from .pack import Pack, faulty, pack
 from .synth import synth
 
 # %% ../nbs/16_data.ipynb #0005
