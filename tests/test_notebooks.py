@@ -120,10 +120,12 @@ def test_the_heart_beats(tmp_path, monkeypatch):
     status.end('finished')
     assert read_status(tmp_path)['state'] == 'finished' and (tmp_path/'status.json').stat().st_size == 4096
 
-def test_one_runner_a_folder(notebook, tmp_path):
+def test_one_runner_a_folder(notebook, tmp_path, capfd):
     (tmp_path/'out').mkdir()
     with alone(tmp_path/'out', 'first.ipynb'):
         with pytest.raises(Outside, match=rf'out: another process is at work on this run \(first.ipynb, pid {os.getpid()} on '): run_notebook(notebook, tmp_path/'out')
+        assert main(['run', str(write(tmp_path/'o.ipynb', "out = ''")), '-p', 'out', str(tmp_path/'out')]) == 75
+        assert capfd.readouterr().err.count('\n') == 1
     with RunFolder(tmp_path/'out').alone(), pytest.raises(Outside, match='another process is at work on this run .training, pid'): run_notebook(notebook, tmp_path/'out')
     assert not (tmp_path/'out/n.ipynb').exists() and not (tmp_path/'out/status.json').exists(), 'the second touches nothing'
     run_notebook(notebook, tmp_path/'out')
