@@ -120,10 +120,12 @@ def test_the_heart_beats(tmp_path, monkeypatch):
     status.end('finished')
     assert read_status(tmp_path)['state'] == 'finished' and (tmp_path/'status.json').stat().st_size == 4096
 
-def test_one_runner_a_folder(notebook, tmp_path):
+def test_one_runner_a_folder(notebook, tmp_path, capfd):
     (tmp_path/'out').mkdir()
     with alone(tmp_path/'out', 'first.ipynb'):
         with pytest.raises(Outside, match=rf'out: another process is at work on this run \(first.ipynb, pid {os.getpid()} on '): run_notebook(notebook, tmp_path/'out')
+        assert main(['run', str(write(tmp_path/'o.ipynb', "out = ''")), '-p', 'out', str(tmp_path/'out')]) == 75
+        assert capfd.readouterr().err.count('\n') == 1
     with RunFolder(tmp_path/'out').alone(), pytest.raises(Outside, match='another process is at work on this run .training, pid'): run_notebook(notebook, tmp_path/'out')
     assert not (tmp_path/'out/n.ipynb').exists() and not (tmp_path/'out/status.json').exists(), 'the second touches nothing'
     run_notebook(notebook, tmp_path/'out')
@@ -196,7 +198,7 @@ def test_a_training_that_is_stopped_and_killed_ends_as_if_nothing_had_been(tmp_p
     "SIGTERM to its runner, SIGKILL to its kernel; each time the same command again, in a folder of an awkward name."
     from training import SMALL, drawn, same_end, small
     from kdocr.train_kd import train_kd
-    settings = dict(steps=120, checkpoint_every=5, eval_every=60)
+    settings = dict(steps=60, checkpoint_every=5, eval_every=30)
     whole = train_kd(small(tmp_path, name='whole', **settings))
     out = tmp_path/'Läufe mit Lücken'
     run = RunFolder(out/'e é')
@@ -216,7 +218,7 @@ def test_a_training_that_is_stopped_and_killed_ends_as_if_nothing_had_been(tmp_p
     assert [read_status(run.path)[k] for k in ('state', 'attempt')] == ['finished', 3] and same_end(run, whole)
     usage = read_json(run.env)['usage']
     assert usage['device'] == 'cpu' and usage['precision'] == 'fp32' and usage['gpu_utilisation'] is None and usage['peak_memory_mb'] > 50
-    assert 0 < usage['steps'] < 120 and usage['steps_per_s'] == pytest.approx(usage['steps'] / usage['seconds'], rel=.01)
+    assert 0 < usage['steps'] < 60 and usage['steps_per_s'] == pytest.approx(usage['steps'] / usage['seconds'], rel=.01)
 
 def alive(pid):
     try: return Path(f'/proc/{pid}/stat').read_text().split(') ')[1][0] != 'Z'
