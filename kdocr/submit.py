@@ -144,7 +144,8 @@ def submit(folder:str|Path,                   # with the test tracks
             rows += [(key, r.text, r.confidence) for (key, _), r in zip(seen, read)] + [(key, NOTHING, 0.) for key, frames, _ in some if not frames]
             bar.update(len(some))
     for what in said: print(what, file=sys.stderr)
-    if silent and not allow_unreadable: raise KdocrError(f'{out}: not written, {len(silent)} of {len(tracks):,} tracks cannot be read at all (see above); --allow-unreadable gives them the line {line("track_...", NOTHING, 0)}')
+    if silent and not allow_unreadable: raise KdocrError(f'{out}: not written, {len(silent)} of {len(tracks):,} tracks cannot be read at all (see above); '
+                                                         f'--allow-unreadable gives them the line {line("track_...", NOTHING, 0)}')
     write_submission(out, rows)
     if faults := check_submission(out, folder): raise KdocrError('\n'.join(faults))
     print(_told(Path(out), rows, readers, index(folder).test, len(said)))
@@ -154,9 +155,10 @@ def _told(out, rows, readers, known, partly) -> str: # what was written; and how
     layouts = Counter(layout_of(text) for _, text, _ in rows)
     texts = {t.key: t.text for t in known if t.text}
     preds = [Prediction(key, texts[key], text, sure) for key, text, sure in rows if key in texts]
-    lines = [f'{out}: {len(rows):,} tracks ({", ".join(f"{n:,} {k}" for k, n in sorted(layouts.items()))}), {partly} of them without all frames; {len(readers)} checkpoint{"s averaged" if len(readers) > 1 else ""}; checked']
+    of = ', '.join(f'{n:,} {k}' for k, n in sorted(layouts.items()))
+    lines = [f'{out}: {len(rows):,} tracks ({of}), {partly} of them without all frames; {len(readers)} checkpoint{"s averaged" if len(readers) > 1 else ""}; checked']
     if preds:
         lo, hi = wilson(sum(p.right for p in preds), len(preds))
-        gap = confidence_gap(preds)
-        lines.append(f'{len(preds):,} whole tracks with a known text: {recognition_rate(preds):.1%} right ({lo:.1%} to {hi:.1%}), Confidence Gap {"undefined" if gap is None else f"{gap:.3f}"}')
+        gap = 'undefined' if (g := confidence_gap(preds)) is None else f'{g:.3f}'
+        lines.append(f'{len(preds):,} whole tracks with a known text: {recognition_rate(preds):.1%} right ({lo:.1%} to {hi:.1%}), Confidence Gap {gap}')
     return '\n'.join(lines)
