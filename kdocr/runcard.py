@@ -13,14 +13,16 @@ from .metrics import Prediction, read_predictions, score, wilson
 from .restran import make_model
 from .run import FREE, RunFolder, load_checkpoint
 from .inside import calibration_error, reliability
+from .export import data_of
 
 # %% ../nbs/63_runcard.ipynb #29c93be9
-def _data(cfg:Config, env:dict, ckpt:dict) -> dict:
-    root = cfg.data or cfg.out/'embedded'
-    drawn = read_json(root/'synth.json') if (root/'synth.json').is_file() else dict(tracks=cfg.synth_tracks, test=cfg.synth_test) if cfg.data is None else None
-    told = {k: drawn[k] for k in ('tracks', 'test', 'seed', 'variety') if k in drawn} if drawn else {}
-    source = f'plates drawn by kdocr synth ({", ".join(f"{k} {v}" for k, v in told.items())})' if drawn else f'{"the pictures that a CSV lists" if root.suffix == ".csv" else "tracks"}, {root.name}'
-    return dict(source=source, drawn=bool(drawn), fingerprint=env['data_fingerprint'], split=env['split_hash'], texts=len(ckpt['seen']) if 'seen' in ckpt else None)
+def _data(run:RunFolder, cfg:Config, env:dict, ckpt:dict) -> dict:
+    root = data_of(run.path, cfg)
+    told = read_json(root/'synth.json') if root and (root/'synth.json').is_file() else dict(tracks=cfg.synth_tracks, test=cfg.synth_test) if cfg.data is None else {}
+    said = ', '.join(f'{k} {told[k]}' for k in ('tracks', 'test', 'seed', 'variety') if k in told)
+    source = f'plates drawn by kdocr synth ({said})' if told else f'{"the pictures that a CSV lists" if cfg.data.suffix == ".csv" else "tracks"}, {cfg.data.name}'
+    drawn = True if told else None if root is None else False # None: the data are gone, nobody knows
+    return dict(source=source, drawn=drawn, fingerprint=env['data_fingerprint'], split=env['split_hash'], texts=len(ckpt['seen']) if 'seen' in ckpt else None)
 
 def _recipe(cfg:Config) -> dict: # what differs from the defaults, and what everybody asks for
     usual, asked = plain(Config()), ('mode', 'seed', 'steps' if cfg.steps else 'epochs', 'batch_size', 'lr', *(('student_init', 'distill_weight') if cfg.mode == 'student' else ()))
@@ -36,7 +38,8 @@ def _measured(preds:list[Prediction]) -> dict:
 def _limits(card:dict) -> list[str]:
     m, few = card['model'], 30
     what = [f"It reads one line of text in a tight crop, and finds none in a scene; {len(m['charset'])} characters and no other, {m['steps']} at most (two alike in a row count as three).",
-            'It has seen drawn plates alone: no figure on them says how it reads photographs.' if card['data']['drawn'] else 'Its figures hold for pictures like those it was trained on.',
+            {True: 'It has seen drawn plates alone: no figure on them says how it reads photographs.', False: 'Its figures hold for pictures like those it was trained on.',
+             None: 'Its data were gone when this was written: whether they were drawn or photographed is not known here.'}[card['data']['drawn']],
             'It was trained on clean HR pictures; low-resolution ones are new to it.' if card['recipe']['mode'] == 'teacher' else 'It was trained on low-resolution pictures.']
     for part, a in card['accuracy'].items():
         poor, rough = ([h for h, v in a['by_height'].items() if ok(v)] for ok in (lambda v: v['n'] >= few and v['interval'][1] < .5, lambda v: v['n'] < few))
@@ -58,7 +61,7 @@ def run_card(folder:str|Path,                       # of a finished run
                  steps=net.time_steps(ckpt['width']), charset=ckpt['charset'], temperature=ckpt.get('temperature'))
     made = {k: env.get(k) for k in ('kdocr', 'torch', 'python', 'device', 'device_name', 'git', 'teacher_hash', 'starts')}
     parts = {part: run.predictions(part) for part in ('val', 'test') if part in scores} | (also or {})
-    card = dict(name=cfg.name, model=model, data=_data(cfg, env, ckpt), recipe=_recipe(cfg),
+    card = dict(name=cfg.name, model=model, data=_data(run, cfg, env, ckpt), recipe=_recipe(cfg),
                 training=dict(step=scores['step'], steps=scores['steps'], seconds=round(scores['seconds']), **made), accuracy={k: _measured(p) for k, p in parts.items()})
     sees = 'HR' if cfg.mode == 'teacher' else 'LR'
     reads = f"val: {sees} frames, test: LR frames; {cfg.eval_frames} of a track, read one by one and joined by the sum of their log-probabilities" if cfg.frames == 1 else f'val: {sees} frames, test: LR frames; {cfg.frames} of a track at once'
@@ -71,16 +74,20 @@ def card_text(c:dict) -> str: # Markdown
     "The card for a person."
     m, d, t = c['model'], c['data'], c['training']
     calibrated = 'Not calibrated' if m['temperature'] is None else f"Calibrated, temperature {m['temperature']}"
-    lines = [f"# {c['name']}", '', f"`{m['type']}`, {m['parameters']:,} parameters ({4*m['parameters']/1e6:.1f} MB in fp32). Input: {m['frames']} frame{'s' * (m['frames'] > 1)} of {m['width']}x{m['height']} px; "
-             f"{len(m['charset'])} characters: `{m['charset']}`. {calibrated}.",
-             '', '## Data', '', f"{d['source'][:1].upper()}{d['source'][1:]}; {'an unknown number of' if d['texts'] is None else format(d['texts'], ',')} different texts to train on. Fingerprint {d['fingerprint']}, split {d['split']}.",
+    texts = 'an unknown number of' if d['texts'] is None else f"{d['texts']:,}"
+    lines = [f"# {c['name']}", '',
+             f"`{m['type']}`, {m['parameters']:,} parameters ({4*m['parameters']/1e6:.1f} MB in fp32). Input: {m['frames']} frame{'s' * (m['frames'] > 1)} of {m['width']}x{m['height']} px; "
+             f"{len(m['charset'])} characters: `{m['charset']}`. {calibrated}.", '', '## Data', '',
+             f"{d['source'][:1].upper()}{d['source'][1:]}; {texts} different texts to train on. Fingerprint {d['fingerprint']}, split {d['split']}.",
              '', '## Recipe', '', '| setting | |', '| --- | --- |', *(f'| {k} | {v} |' for k, v in c['recipe'].items()), '',
-             f"Best validation at step {t['step']:,} of {t['steps']:,}; {t['seconds']:,} s on {t['device_name']} ({t['device']}), torch {t['torch']}, revision {t['git']}.", '', '## Accuracy', '', f"What was read: {c['reading']}; greedy. Heights are those of the first frame, as stored."]
+             f"Best validation at step {t['step']:,} of {t['steps']:,}; {t['seconds']:,} s on {t['device_name']} ({t['device']}), torch {t['torch']}, revision {t['git']}.",
+             '', '## Accuracy', '', f"What was read: {c['reading']}; greedy. Heights are those of the first frame, as stored."]
     for part, a in c['accuracy'].items():
         gap, ece = ('undefined' if a[k] is None else f'{a[k]:.3f}' for k in ('confidence_gap', 'calibration_error'))
-        lines += ['', f'### {part}', '', f"{a['n']:,} tracks: {_percent(a['rr'], a['rr_interval'])} % exact (95 % interval), CER {100*a['cer']:.1f} %; Confidence Gap {gap}, expected calibration error {ece}.", '',
-                  '| | tracks | exact, % (95 % interval) |', '| --- | --- | --- |']
-        lines += [f"| {name} | {v['n']:,} | {_percent(v['rr'], v['interval'])} |" for name, v in [*((f'{h} px', v) for h, v in a['by_height'].items()), *((k or 'no layout', v) for k, v in a['by_layout'].items())]]
+        lines += ['', f'### {part}', '', f"{a['n']:,} tracks: {_percent(a['rr'], a['rr_interval'])} % exact (95 % interval), CER {100*a['cer']:.1f} %; "
+                  f"Confidence Gap {gap}, expected calibration error {ece}.", '', '| | tracks | exact, % (95 % interval) |', '| --- | --- | --- |']
+        groups = [(f'{h} px', v) for h, v in a['by_height'].items()] + [(k or 'no layout', v) for k, v in a['by_layout'].items()]
+        lines += [f"| {name} | {v['n']:,} | {_percent(v['rr'], v['interval'])} |" for name, v in groups]
     return '\n'.join([*lines, '', '## Limits', '', *(f'- {x}' for x in c['limits']), ''])
 
 def write_card(folder:str|Path,

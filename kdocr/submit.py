@@ -6,7 +6,7 @@
 __all__ = ['MOST', 'NOTHING', 'line', 'write_submission', 'asked_tracks', 'check_submission', 'agree', 'read_together', 'submit']
 
 # %% ../nbs/61_submit.ipynb #3d6535e2
-import re, sys, zipfile, zlib
+import re, sys, tempfile, zipfile, zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,7 +129,7 @@ def submit(folder:str|Path,                   # with the test tracks
            allow_unreadable:bool=False,       # False: a track without any readable frame is an error
            batch:int=64                       # tracks at a time
           ) -> Path:
-    "Read every track, write the zip, check it. Raises `KdocrError` naming what cannot be averaged, read or written."
+    "Read every track, check what is to be written, write it. Raises `KdocrError` naming what cannot be averaged, read or written."
     readers = {str(p or 'the shipped reader'): Reader.load(p) for p in checkpoints or (None,)}
     agree(readers)
     if Path(out).is_dir(): raise KdocrError(f'{out}: a folder, where a file is to be written')
@@ -144,9 +144,11 @@ def submit(folder:str|Path,                   # with the test tracks
             rows += [(key, r.text, r.confidence) for (key, _), r in zip(seen, read)] + [(key, NOTHING, 0.) for key, frames, _ in some if not frames]
             bar.update(len(some))
     for what in said: print(what, file=sys.stderr)
-    if silent and not allow_unreadable: raise KdocrError(f'{out}: not written, {len(silent)} of {len(tracks):,} tracks cannot be read at all (see above); --allow-unreadable gives them the line {line("track_...", NOTHING, 0)}')
-    write_submission(out, rows)
-    if faults := check_submission(out, folder): raise KdocrError('\n'.join(faults))
+    if silent and not allow_unreadable: raise KdocrError(f'{out}: not written, {len(silent)} of {len(tracks):,} tracks cannot be read at all (see above); '
+                                                         f'--allow-unreadable gives them the line {line("track_...", NOTHING, 0)}')
+    with tempfile.TemporaryDirectory() as place: faults = check_submission(write_submission(Path(place)/Path(out).name, rows), folder)
+    if faults: raise KdocrError('\n'.join(faults))
+    write_submission(out, rows) # the same rows, the same bytes
     print(_told(Path(out), rows, readers, index(folder).test, len(said)))
     return Path(out)
 
@@ -154,9 +156,10 @@ def _told(out, rows, readers, known, partly) -> str: # what was written; and how
     layouts = Counter(layout_of(text) for _, text, _ in rows)
     texts = {t.key: t.text for t in known if t.text}
     preds = [Prediction(key, texts[key], text, sure) for key, text, sure in rows if key in texts]
-    lines = [f'{out}: {len(rows):,} tracks ({", ".join(f"{n:,} {k}" for k, n in sorted(layouts.items()))}), {partly} of them without all frames; {len(readers)} checkpoint{"s averaged" if len(readers) > 1 else ""}; checked']
+    of = ', '.join(f'{n:,} {k}' for k, n in sorted(layouts.items()))
+    lines = [f'{out}: {len(rows):,} tracks ({of}), {partly} of them without all frames; {len(readers)} checkpoint{"s averaged" if len(readers) > 1 else ""}; checked']
     if preds:
         lo, hi = wilson(sum(p.right for p in preds), len(preds))
-        gap = confidence_gap(preds)
-        lines.append(f'{len(preds):,} whole tracks with a known text: {recognition_rate(preds):.1%} right ({lo:.1%} to {hi:.1%}), Confidence Gap {"undefined" if gap is None else f"{gap:.3f}"}')
+        gap = 'undefined' if (g := confidence_gap(preds)) is None else f'{g:.3f}'
+        lines.append(f'{len(preds):,} whole tracks with a known text: {recognition_rate(preds):.1%} right ({lo:.1%} to {hi:.1%}), Confidence Gap {gap}')
     return '\n'.join(lines)

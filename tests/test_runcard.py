@@ -50,7 +50,10 @@ def test_data_that_nobody_drew(run, tmp_path):
     config = yaml.safe_load((tmp_path/'mine'/'config.yaml').read_text())
     (tmp_path/'mine'/'config.yaml').write_text(yaml.safe_dump(config | dict(data=str(tmp_path/'LRLPR-26'))))
     c = run_card(tmp_path/'mine')
-    assert c['data']['source'] == 'tracks, LRLPR-26' and not c['data']['drawn'] and not any('drawn' in x for x in c['limits'])
+    assert c['data']['drawn'] is None and any('not known here' in x for x in c['limits']) and not any('drawn plates alone' in x for x in c['limits'])
+    (tmp_path/'LRLPR-26').mkdir()
+    c = run_card(tmp_path/'mine')
+    assert c['data']['source'] == 'tracks, LRLPR-26' and c['data']['drawn'] is False and not any('drawn' in x for x in c['limits'])
 
 
 def test_what_has_no_card(run, tmp_path):
