@@ -46,14 +46,14 @@ from .train import Trainer, pick_device
 from .train_kd import new_trainer
 from .distill import new_model
 from .compare import arm, find_runs, read_run
-from .figures import STYLE, TERMS
+from .figures import STYLE, TERMS, save_figure
 from .bench import arms, clock, in_turns, multiply, record, where
 from .inside import (KINDS, LONG, WHATS, Arm, HeldOut, Strip, arms_of, column, differing, draw_strips, each, find_teacher, held_out, load_reader, loss_terms, picture,
                           plot_runs, plot_terms, read_curve, series, smoothed_how, smoothing, unique_labels)
 
 # %% ../nbs/58_explore.ipynb #x58006
 LOCK = threading.RLock()
-LOOK = {**STYLE, 'axes.titley': 1.} # where a title is to stand need not be looked for: that is half of the drawing of an axes
+LOOK = {**STYLE, 'figure.constrained_layout.use': False, 'axes.titley': 1.} # where a title is to stand need not be looked for: that is half of the drawing of an axes
 
 def png(fig:Figure, dpi:int=96) -> bytes:
     "The figure as a PNG, quickly: packed loosely."
@@ -98,8 +98,12 @@ class Explorer:
     def values(self) -> dict: return {k: w.value for k, w in self.controls.items() if not isinstance(w, W.Button)}
 
     def figure(self) -> Figure: # what the picture shows
-        "Drawn anew, to be saved."
+        "Drawn anew."
         with LOCK, rc_context(LOOK): return self.draw(**self.values)
+
+    def save(self, folder:str|Path, name:str) -> Path: # the PNG
+        "What the picture shows, as `folder/name.png` and `.pdf`."
+        with LOCK, rc_context(LOOK): return save_figure(self.figure(), folder, name)
 
     def moved(self, name, _):
         "A control was moved: others adapt to it in silence, then one picture is drawn."
@@ -115,7 +119,8 @@ class Explorer:
 
     def redraw(self):
         "The picture, or in its place a line that says why there is none."
-        try: self.image.value, wrong = png(self.figure()), ''
+        try:
+            with rc_context(LOOK): self.image.value, wrong = png(self.figure()), ''
         except Exception as e:
             wrong = str(e) if isinstance(e, KdocrError) else f'{type(e).__name__}: {e}'
             if not isinstance(e, KdocrError): raise

@@ -23,7 +23,7 @@ from kdocr.core import KdocrError, read_json, write_json
 from kdocr.data import open_data
 from kdocr.degrade import Conditions
 from kdocr.distill import load_teacher
-from kdocr.figures import TERMS
+from kdocr.figures import TERMS, use_style
 from kdocr.icpr import index
 from kdocr.inside import Arm, HeldOut, read_curve, series
 from kdocr.notebooks import run_notebook
@@ -94,6 +94,15 @@ def test_a_move_draws_once_and_the_plain_picture_follows():
     assert drawn == [(1, 1), (5, 1), (3, 2)] and ex['n'].value == 3
     assert ex.static.got[-1] == ex.image.value != ex.static.got[0] != first
     assert ex.figure().axes[0].lines[0].get_ydata().tolist() == [0, 2]
+
+def test_the_style_of_a_notebook_changes_nothing(tmp_path, recwarn):
+    _, ex = counting()
+    before = ex.image.value
+    with matplotlib.rc_context():
+        use_style(150)
+        ex.redraw()
+        assert ex.save(tmp_path, 'x').read_bytes()[1:4] == b'PNG' and (tmp_path/'x.pdf').stat().st_size
+    assert ex.image.value == before and not [w for w in recwarn if 'layout' in str(w.message)]
 
 def test_an_error_is_said_and_the_picture_stays():
     _, ex = counting()
@@ -454,5 +463,6 @@ def test_the_notebook_shows_pictures_without_a_kernel(results, tmp_path):
     assert len(pairs) == 3 and all('application/vnd.jupyter.widget-view+json' in a and base64.b64decode(b['image/png'])[1:4] == b'PNG' for a, b in pairs)
     png, pdf = ({p.stem for p in (tmp_path/'figures').glob(f'*.{k}')} for k in ('png', 'pdf'))
     assert png == pdf == {'explore_tracks', 'explore_alignment', 'explore_runs'}
+    assert not [o for c in nb.cells for o in c.get('outputs', ()) if o.get('name') == 'stderr' and 'Warning' in o.text]
     state = json.dumps(nb.metadata)
     assert 'unfinished: this run is not finished' in state and 'empty: not a run folder' in state
