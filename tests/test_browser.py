@@ -220,7 +220,5 @@ def test_the_report_opens_offline(runs, browser, pictures, tmp_path):
     assert page.locator('h1').count() == 1 and page.locator('.verdict').bounding_box()['y'] < 400 # the summary first
     assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), 'nothing is wider than the page'
     page.screenshot(path=pictures/'report.png', full_page=True)
-    page.set_viewport_size(dict(width=420, height=900))
-    assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), 'nor than a telephone'
     browser.set_offline(False)
     page.close()

@@ -23,9 +23,9 @@ from kdocr.core import KdocrError, read_json, write_json
 from kdocr.data import open_data
 from kdocr.degrade import Conditions
 from kdocr.distill import load_teacher
-from kdocr.figures import TERMS
+from kdocr.figures import TERMS, use_style
 from kdocr.icpr import index
-from kdocr.inside import Arm, read_curve, series
+from kdocr.inside import Arm, HeldOut, read_curve, series
 from kdocr.notebooks import run_notebook
 from kdocr.run import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.train_kd import new_trainer, train_kd
@@ -94,6 +94,15 @@ def test_a_move_draws_once_and_the_plain_picture_follows():
     assert drawn == [(1, 1), (5, 1), (3, 2)] and ex['n'].value == 3
     assert ex.static.got[-1] == ex.image.value != ex.static.got[0] != first
     assert ex.figure().axes[0].lines[0].get_ydata().tolist() == [0, 2]
+
+def test_the_style_of_a_notebook_changes_nothing(tmp_path, recwarn):
+    _, ex = counting()
+    before = ex.image.value
+    with matplotlib.rc_context():
+        use_style(150)
+        ex.redraw()
+        assert ex.save(tmp_path, 'x').read_bytes()[1:4] == b'PNG' and (tmp_path/'x.pdf').stat().st_size
+    assert ex.image.value == before and not [w for w in recwarn if 'layout' in str(w.message)]
 
 def test_an_error_is_said_and_the_picture_stays():
     _, ex = counting()
@@ -245,8 +254,8 @@ def test_measures_by_hand():
     with pytest.raises(KdocrError, match='does not vary'): yardstick(torch.ones(8, 2, 4))
 
 def test_the_plates_line_is_the_measure(results):
-    held, _ = the_data(drawn(), [])
-    t, s = Side(results/'teacher_best.pth', 'teacher', held, 'teacher'), Side(RunFolder(results/'distilled').best, 'student', held, 'distilled')
+    opened, _ = the_data(drawn(), [])
+    t, s = Side(results/'teacher_best.pth', 'teacher', opened, 'teacher'), Side(RunFolder(results/'distilled').best, 'student', opened, 'distilled')
     fig = alignment_figure(s, t, 'val', 1, 'transformer_out', 0, 'cosine', 'plate 2 of 9')
     right = fig.axes[1]
     want = cosine_by_position(s.on('val')[0].ask(torch.tensor([1])).taps['transformer_out'], t.on('val')[0].ask(torch.tensor([1])).taps['transformer_out'])[0]
@@ -287,12 +296,20 @@ def test_students_that_do_not_fit_are_named_and_the_rest_goes_on(results):
     with pytest.raises(KdocrError, match='name the folder'): explore_alignment(results/'teacher_best.pth', results/'teacher_best.pth')
 
 def test_data_where_the_runs_have_them(results):
-    held, lines_ = the_data(None, [explore.read_run(results/n) for n in ('control', 'moved')])
-    assert str(held.cfg.data) == drawn() and any('moved' in l and 'other data' in l for l in lines_)
+    opened, lines_ = the_data(None, [explore.read_run(results/n) for n in ('control', 'moved')])
+    assert str(opened.held.cfg.data) == drawn() and any('moved' in l and 'other data' in l for l in lines_)
+
+def test_data_are_opened_once_for_each_size(results, monkeypatch):
+    calls = []
+    monkeypatch.setattr(HeldOut, 'open', lambda self, mode, about: calls.append((mode, about['height'])) or open_data(self.cfg.model_copy(update=about)))
+    data = open_data(load_config(results/'control/config.yaml'))
+    opened, _ = the_data(data, [])
+    about = dict(height=32, width=128)
+    assert opened.at(about) is data and not calls and opened.at(dict(about, height=16)) is opened.at(dict(about, height=16)) and calls == [('student', 16)]
 
 def test_another_width_is_shown_without_cosine(results):
-    held, _ = the_data(drawn(), [])
-    t = Side(results/'teacher_best.pth', 'teacher', held, 'teacher')
+    opened, _ = the_data(drawn(), [])
+    t = Side(results/'teacher_best.pth', 'teacher', opened, 'teacher')
     taps = t.on('val')[1]
     narrow = SimpleNamespace(on=lambda part: (None, {k: x[..., :10] for k, x in taps.items() if k != 'backbone_out'}), about=t.about)
     assert shared_taps(narrow, t) == (['transformer_out', 'logits'], 'no tap backbone_out in both')
@@ -333,6 +350,13 @@ def test_the_curves_are_the_logs(results):
     fig = runs_figure(arms, keys, 'weighted', False, 3, 'term')
     assert [ax.get_title(loc='left') for ax in fig.axes] == ['CTC', 'backbone', 'accuracy'] and [len(lines(ax)) for ax in fig.axes] == [2, 1, 2] and 'running median of 3 points' in words(fig)
     assert 'grad: not measured' in [t.get_text() for t in runs_figure(arms, keys, 'grad', True, 0, 'run').axes[0].texts]
+
+def test_long_lines_are_thinned_after_smoothing():
+    n = 5000
+    log = pd.DataFrame(dict(step=range(n), ctc=np.arange(n) % 2 + 1., loss=1., val_rr=np.nan))
+    ax = runs_figure([Arm('a', [log])], ['ctc'], 'raw', False, 3, 'run').axes[0]
+    assert [len(l.get_xdata()) for l in ax.lines] == [1000, 1000] and 'n = 5000' in ax.get_xlabel()
+    assert np.allclose(lines(ax)[0].get_ydata()[1:], log.ctc.rolling(3, center=True).median()[5::5])
 
 def test_more_panels_than_fit_are_named(results):
     log = read_curve(results/'control').log
@@ -439,5 +463,6 @@ def test_the_notebook_shows_pictures_without_a_kernel(results, tmp_path):
     assert len(pairs) == 3 and all('application/vnd.jupyter.widget-view+json' in a and base64.b64decode(b['image/png'])[1:4] == b'PNG' for a, b in pairs)
     png, pdf = ({p.stem for p in (tmp_path/'figures').glob(f'*.{k}')} for k in ('png', 'pdf'))
     assert png == pdf == {'explore_tracks', 'explore_alignment', 'explore_runs'}
+    assert not [o for c in nb.cells for o in c.get('outputs', ()) if o.get('name') == 'stderr' and 'Warning' in o.text]
     state = json.dumps(nb.metadata)
     assert 'unfinished: this run is not finished' in state and 'empty: not a run folder' in state
