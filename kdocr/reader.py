@@ -260,7 +260,7 @@ class _Settled:
         if frames not in ways: raise KdocrError(f'frames {frames!r}{nearest(frames, ways)}')
         if frames == 'attention' and not fuses: raise KdocrError(f'{self.net.path}: it was trained on single frames, its attention has never seen two; use frames sum or vote')
         if own is None: own = list(LAYOUTS) if set(DEFAULT_CHARS) <= set(self.charset.chars) else []
-        if layout == 'auto': layout = '|'.join(own) or 'free'
+        if layout == 'auto': layout = '|'.join([own] if isinstance(own, str) else own) or 'free'
         if layout != 'free': grammar(layout, self.charset)
         elif decoder == 'constrained': decoder = 'beam'
         return How(decoder, layout if decoder == 'constrained' else '', frames if frames != 'auto' else 'attention' if fuses else 'sum')

@@ -230,7 +230,7 @@ def test_a_reading_is_a_plate_unless_asked_for():
     assert r.read(flat(0), layout='DDLL|L')[0].text == '12AB' and r.read(flat(0), layout='free')[0].layout == ''
 
 def test_the_layout_is_the_networks_own():
-    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts=[]).settle() == ('beam', '', 'sum')
+    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts='either').settle().layout == 'either' and net(read_bars, layouts=[]).settle() == ('beam', '', 'sum')
     assert Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle() == ('beam', '', 'sum')
     with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle(layout='either')
 
