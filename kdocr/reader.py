@@ -228,7 +228,9 @@ class Record:
     notes:tuple[str, ...]=()          # what else was seen on the way
     error:str=''                      # why nothing could be read
 
-    def __str__(self): return f'{self.text or "-":<9} {self.confidence:6.1%}  {self.layout or "-":<9} {self.frames:>2}  {self.path}' + (f'  ({"; ".join(x)})' if (x := [self.error]*bool(self.error) + [*self.left_out, *self.notes]) else '')
+    def __str__(self):
+        said = '; '.join([self.error]*bool(self.error) + [*self.left_out, *self.notes])
+        return f'{self.text or "-":<9} {self.confidence:6.1%}  {self.layout or "-":<9} {self.frames:>2}  {self.path}' + (f'  ({said})' if said else '')
 
 class How(NamedTuple):
     "How plates are read: all settled."
@@ -246,7 +248,9 @@ class _Settled:
         "The reader in a file; without a path the shipped one."
         return cls(load_network(path, device, threads))
 
-    def __repr__(self): return f"Reader({self.net.path}: {self.about.get('model_type', 'unnamed')}, {self.about['width']}x{self.about['height']}, {len(self.charset.chars)} characters, {'single frames' if self.about['frames'] == 1 else 'fuses frames'})"
+    def __repr__(self):
+        kind, size = self.about.get('model_type', 'unnamed'), f"{self.about['width']}x{self.about['height']}"
+        return f"Reader({self.net.path}: {kind}, {size}, {len(self.charset.chars)} characters, {'single frames' if self.about['frames'] == 1 else 'fuses frames'})"
 
     def temperature(self, frames:int) -> float:
         "What logits of so many frames are divided by; 1 where it was never calibrated."
