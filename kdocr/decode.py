@@ -209,7 +209,7 @@ def _ahead(log_probs, g, others=_best_other): # -> (t,b,q,c): to say c at step t
     return out, quiet[:, 0]
 
 # %% ../nbs/05_decode.ipynb #001b
-_TIE = 1e-10 # nats a character
+_TIE, _HURRY = 1e-10, 1e6 # nats a character
 
 def _children(log_probs, ahead, g, ids, q, start): # of prefixes (n of them): bounds (n,c), paths in them before each step (n,t+1) by blank and in all
     (n, t, _), last = log_probs.shape, np.array([x[-1] if x else 0 for x in ids])
@@ -223,33 +223,37 @@ def _children(log_probs, ahead, g, ids, q, start): # of prefixes (n of them): bo
     come[r, :, last] = quiet[:, :-1] + ahead[r, :, last]                                 # the last character again needs a blank
     return np.logaddexp.reduce(come, 1), quiet, both
 
-def _search(log_probs, g) -> list[tuple]: # classes of the most probable text of each row that fits
+def _search(log_probs, g, nodes=inf) -> list[tuple]: # classes of the most probable text of each row that fits; after so many nodes, of the nearest one
     ahead, whole = _ahead(log_probs, g)
     if not np.isfinite(whole).all(): raise KdocrError(f'nothing that fits can be said in {log_probs.shape[1]} time steps')
     heaps, found, going = [[] for _ in whole], [()]*len(whole), list(range(len(whole)))
-    nodes = {i: ((), 0, np.full(log_probs.shape[1], -inf)) for i in going}               # classes, state, log-sum of paths that begin its last character at each step
+    at = {i: ((), 0, np.full(log_probs.shape[1], -inf)) for i in going}                  # classes, state, log-sum of paths that begin its last character at each step
+    taken = 0
     while going:                                                                         # a node of every row at a time
-        ids, q, start = zip(*(nodes[i] for i in going))
+        taken, deep = taken + 1, _TIE if taken < nodes else _HURRY
+        ids, q, start = zip(*(at[i] for i in going))
         bounds, quiet, both = _children(log_probs[going], ahead[:, going, q].transpose(1, 0, 2), g, ids, q, np.stack(start))
         for j, i in enumerate(going):
             for d in np.flatnonzero(bounds[j] > -inf).tolist():
-                heappush(heaps[i], (-bounds[j, d] - _TIE*(len(ids[j]) + 1), (*ids[j], d), int(g.step[q[j], d]), quiet[j] if ids[j][-1:] == (d,) else both[j]))
-            if g.ends[q[j]]: heappush(heaps[i], (-both[j, -1] - _TIE*(len(ids[j]) + 1), ids[j], -1, None))
+                heappush(heaps[i], (-bounds[j, d] - deep*(len(ids[j]) + 1), (*ids[j], d), int(g.step[q[j], d]), quiet[j] if ids[j][-1:] == (d,) else both[j]))
+            if g.ends[q[j]]: heappush(heaps[i], (-both[j, -1] - deep*(len(ids[j]) + 1), ids[j], -1, None))
             _, best, state, come = heappop(heaps[i])
             if state < 0: found[i] = best
-            else: nodes[i] = best, state, come[:-1] + log_probs[i, :, best[-1]]
+            else: at[i] = best, state, come[:-1] + log_probs[i, :, best[-1]]
         going = [i for i in going if not found[i]]
     return found
 
 # %% ../nbs/05_decode.ipynb #001e
 def constrained(log_probs:np.ndarray, # (b,t,c)
                 charset:Charset,
-                layout:str='either') -> list[str]:
+                layout:str='either',
+                nodes:float=1000      # of the search for a plate; inf: until it is proven
+               ) -> list[str]:
     "The most probable text of those that fit. Raises `KdocrError` where none can be said."
     g, texts = grammar(layout, charset), greedy(log_probs, charset)
     sure = log_prob(log_probs, texts, charset) > -log(2)
     ask = [i for i, (x, s) in enumerate(zip(texts, sure)) if not s or charset.encode(x) not in g]
-    for i, ids in zip(ask, _search(log_probs[ask], g) if ask else ()): texts[i] = charset.decode(ids)
+    for i, ids in zip(ask, _search(log_probs[ask], g, nodes) if ask else ()): texts[i] = charset.decode(ids)
     return texts
 
 DECODERS = ('greedy', 'beam', 'constrained')

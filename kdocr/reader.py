@@ -65,29 +65,32 @@ def _from_pil(im) -> Picture:
     im, turned = _upright(im)
     return Picture(_rgb(im), several + turned)
 
-def _from_file(path) -> Picture:
-    p = Path(path)
-    try:
-        if not p.is_file(): raise KdocrError('no such file' if not p.exists() else 'a folder' if p.is_dir() else 'not a regular file')
-        if not p.stat().st_size: raise KdocrError('empty file (0 bytes)')
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning) # `_sized` is stricter
-            with Image.open(p, formats=FORMATS) as im:
-                _sized(im.height, im.width)
-                if im.format == 'PNG' and (what := _broken(p.read_bytes())): raise KdocrError(what) # Pillow looks at no check sum
-                return _from_pil(im)
+@contextmanager
+def _named(): # whatever a decoder raises, as one `KdocrError`
+    try: yield
     except KdocrError: raise
     except Image.UnidentifiedImageError: raise KdocrError(f'no picture ({", ".join(FORMATS)})') from None
     except Image.DecompressionBombError: raise KdocrError(f'more than {LARGEST/1e6:.0f} million pixels are not decoded: cut out the plate') from None
     except OSError as e: raise KdocrError(e.strerror or f'damaged ({e})') from None
-    except Exception as e: raise KdocrError(f'damaged ({type(e).__name__}: {e})') from None # decoders raise ten kinds for a damaged file
+    except Exception as e: raise KdocrError(f'damaged ({type(e).__name__}: {e})') from None # decoders have ten kinds for a damaged file
+
+def _from_file(path) -> Picture:
+    p = Path(path)
+    if not p.is_file(): raise KdocrError('no such file' if not p.exists() else 'a folder' if p.is_dir() else 'not a regular file')
+    if not p.stat().st_size: raise KdocrError('empty file (0 bytes)')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning) # `_sized` is stricter
+        with Image.open(p, formats=FORMATS) as im:
+            _sized(im.height, im.width)
+            if im.format == 'PNG' and (what := _broken(p.read_bytes())): raise KdocrError(what) # Pillow looks at no check sum
+            return _from_pil(im)
 
 # %% ../nbs/60_reader.ipynb #0007
 def picture(source # a path, a PIL image, or an array: (h,w) grey, (h,w,3) RGB or (h,w,4) RGBA, uint8 or uint16
            ) -> Picture:
     "The picture as the network was trained to see one. Raises `KdocrError` that says what is wrong, without the source's name."
-    if isinstance(source, (str, os.PathLike)): return _from_file(source)
-    if isinstance(source, Image.Image): return _from_pil(source)
+    if isinstance(source, (str, os.PathLike, Image.Image)):
+        with _named(): return _from_pil(source) if isinstance(source, Image.Image) else _from_file(source)
     if not isinstance(source, np.ndarray): raise KdocrError(f'{type(source).__name__} is no picture: give a path, a PIL image or an array')
     if source.dtype == bool: source = source.astype(np.uint8)*255
     if source.dtype not in (np.uint8, np.uint16): raise KdocrError(f'pixels of type {source.dtype}; uint8 or uint16 is needed')
@@ -175,7 +178,7 @@ def _torch(path, device, threads) -> Network:
 def _onnx(path, device, threads) -> Network:
     import onnxruntime as ort
     options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, threads or int(os.environ.get('OMP_NUM_THREADS', 0))
+    options.log_severity_level, options.intra_op_num_threads = 4, threads or int(n if (n := os.environ.get('OMP_NUM_THREADS', '')).isdigit() else 0)
     gpu = 'CUDAExecutionProvider' in ort.get_available_providers()
     if str(device).startswith('cuda') and not gpu: raise KdocrError(f'device {device!r}: this onnxruntime knows no CUDA')
     providers = ['CUDAExecutionProvider']*(gpu and device != 'cpu') + ['CPUExecutionProvider']
@@ -225,7 +228,9 @@ class Record:
     notes:tuple[str, ...]=()          # what else was seen on the way
     error:str=''                      # why nothing could be read
 
-    def __str__(self): return f'{self.text or "-":<9} {self.confidence:6.1%}  {self.layout or "-":<9} {self.frames:>2}  {self.path}' + (f'  ({"; ".join(x)})' if (x := [self.error]*bool(self.error) + [*self.left_out, *self.notes]) else '')
+    def __str__(self):
+        said = '; '.join([self.error]*bool(self.error) + [*self.left_out, *self.notes])
+        return f'{self.text or "-":<9} {self.confidence:6.1%}  {self.layout or "-":<9} {self.frames:>2}  {self.path}' + (f'  ({said})' if said else '')
 
 class How(NamedTuple):
     "How plates are read: all settled."
@@ -243,7 +248,9 @@ class _Settled:
         "The reader in a file; without a path the shipped one."
         return cls(load_network(path, device, threads))
 
-    def __repr__(self): return f"Reader({self.net.path}: {self.about.get('model_type', 'unnamed')}, {self.about['width']}x{self.about['height']}, {len(self.charset.chars)} characters, {'single frames' if self.about['frames'] == 1 else 'fuses frames'})"
+    def __repr__(self):
+        kind, size = self.about.get('model_type', 'unnamed'), f"{self.about['width']}x{self.about['height']}"
+        return f"Reader({self.net.path}: {kind}, {size}, {len(self.charset.chars)} characters, {'single frames' if self.about['frames'] == 1 else 'fuses frames'})"
 
     def temperature(self, frames:int) -> float:
         "What logits of so many frames are divided by; 1 where it was never calibrated."
@@ -257,7 +264,7 @@ class _Settled:
         if frames not in ways: raise KdocrError(f'frames {frames!r}{nearest(frames, ways)}')
         if frames == 'attention' and not fuses: raise KdocrError(f'{self.net.path}: it was trained on single frames, its attention has never seen two; use frames sum or vote')
         if own is None: own = list(LAYOUTS) if set(DEFAULT_CHARS) <= set(self.charset.chars) else []
-        if layout == 'auto': layout = '|'.join(own) or 'free'
+        if layout == 'auto': layout = '|'.join([own] if isinstance(own, str) else own) or 'free'
         if layout != 'free': grammar(layout, self.charset)
         elif decoder == 'constrained': decoder = 'beam'
         return How(decoder, layout if decoder == 'constrained' else '', frames if frames != 'auto' else 'attention' if fuses else 'sum')

@@ -36,10 +36,18 @@ def test_a_text_that_needs_more_steps_is_impossible():
 def test_constrained_finds_the_best_that_fits(layout, spread):
     lp, g = lattice(40, 5, 5, spread), grammar(layout, SMALL)
     fit = [x for x in TEXTS if SMALL.encode(x) in g]
-    every, read = truth(lp, fit), constrained(lp, SMALL, layout)
+    every, read = truth(lp, fit), constrained(lp, SMALL, layout, nodes=np.inf)
     assert set(read) <= set(fit)
     np.testing.assert_allclose(log_prob(lp, read, SMALL), every.max(1), atol=1e-9)
     np.testing.assert_allclose(log_mass(lp, g), np.logaddexp.reduce(every, 1), rtol=1e-9, atol=1e-12)
+
+def test_a_silent_network_is_left_in_time():
+    "Blanks, and noise far below them: proof would take all texts; what comes out fits, and nothing that the bound allows is much better."
+    x = 1e-3*np.random.default_rng(0).normal(size=(4, 16, 37)); x[..., 0] += 8
+    lp, g = log_softmax(x), grammar('either', CS)
+    read = constrained(lp, CS, nodes=50)
+    from kdocr.decode import _ahead
+    assert all(CS.encode(r) in g for r in read) and (_ahead(lp, g)[1] - log_prob(lp, read, CS) < .02).all()
 
 def test_neighbours_alike_need_a_blank():
     "A alone for five steps is one A, however long: `LL` must be told apart by a blank, and pays for it."

@@ -135,6 +135,11 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, 'load', lambda self: pytest.fail('it was decoded'))
     assert 'pixels' in READER.read(tmp_path/'huge.png')[0].error
 
+def test_a_damaged_pil_image_is_said(tmp_path):
+    noise = cv2.imencode('.jpg', np.random.default_rng(0).integers(0, 256, (64, 256, 3), dtype=np.uint8))[1].tobytes()
+    (tmp_path/'a.jpg').write_bytes(noise[:len(noise)//2]) # its header is whole
+    assert [r.error[:7] for r in READER.read([Image.open(tmp_path/'a.jpg'), bars()])] == ['damaged', '']
+
 @pytest.mark.parametrize('x, said', [(np.zeros((32, 128)), 'float64'), (np.zeros((5, 32, 128, 3), np.uint8), 'shape'), (np.zeros((32, 128, 2), np.uint8), 'shape'), (np.zeros((0, 0), np.uint8), '0x0'), (7, 'int is no picture'), (None, 'NoneType')])
 def test_what_is_no_picture_in_python(x, said): assert said in READER.read([x])[0].error
 
@@ -225,7 +230,7 @@ def test_a_reading_is_a_plate_unless_asked_for():
     assert r.read(flat(0), layout='DDLL|L')[0].text == '12AB' and r.read(flat(0), layout='free')[0].layout == ''
 
 def test_the_layout_is_the_networks_own():
-    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts=[]).settle() == ('beam', '', 'sum')
+    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts='either').settle().layout == 'either' and net(read_bars, layouts=[]).settle() == ('beam', '', 'sum')
     assert Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle() == ('beam', '', 'sum')
     with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle(layout='either')
 
@@ -357,3 +362,23 @@ def test_a_wrong_setting_is_one_line_and_status_2(args, text, onnx_bars, tmp_pat
     assert main(['read', str(tmp_path/'a.png'), '--ckpt', str(onnx_bars), *args]) == 2
     out, err = capsys.readouterr()
     assert text in err and err.count('\n') == 1 and TEXT not in out
+
+
+# ---------------------------------------------------------------- the notebook
+@pytest.mark.slow
+@pytest.mark.parametrize('runs', [2, 0])
+def test_the_frames_notebook(runs, tmp_path):
+    "A reader of single frames and one that fuses them, on the same tracks; and nothing at all."
+    pytest.importorskip('torch')
+    import nbformat
+    from training import small
+    from kdocr.notebooks import run_notebook
+    from kdocr.train_kd import train_kd
+    done = [train_kd(small(tmp_path/'results', name=f'frames{f}', arm=f'frames{f}', mode='student', distill_weight=0, frames=f, steps=2)) for f in (1, 3)[:runs]]
+    nb = nbformat.read(run_notebook('frames', tmp_path/'out', dict(runs=','.join(str(r.path) for r in done), out=str(tmp_path/'out'), tracks='4', fit_tracks='4')), 4)
+    shown = '\n'.join(o.get('text', '') + o.get('data', {}).get('text/plain', '') for c in nb.cells for o in c.get('outputs', []))
+    if not runs:
+        assert 'No finished run' in shown and not (tmp_path/'out/figures').exists()
+        return
+    assert (tmp_path/'out/figures/frames.png').is_file() and (tmp_path/'out/figures/frames_reliability.pdf').is_file()
+    assert 'attention of five against one frame' in shown and 'constrained against greedy' in shown and 'damaged.png: ' in shown and 'lr-005.gone: no such file' in shown
