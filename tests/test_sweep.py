@@ -10,6 +10,7 @@ import yaml
 from kdocr.cli import main
 from kdocr.config import load_config
 from kdocr.core import KdocrError, write_json
+from kdocr.jobs import Full
 from kdocr.notebooks import run_notebook
 from kdocr.sweep import faults, load_sweep, make_sweep, plot_results, results, sweep
 from training import SMALL, drawn
@@ -125,3 +126,10 @@ def test_dots_stand_at_their_scores_and_seeds_share_a_line(tmp_path):
 def test_run_notebooks_end_in_a_table_and_a_figure(name, given, says, figure, tmp_path):
     nb = nbformat.read(run_notebook(name, tmp_path, dict(out=tmp_path, **given)), 4)
     assert says in ' '.join(str(o.get('text', '')) for c in nb.cells if c.cell_type == 'code' for o in c.outputs) and (tmp_path/figure).exists()
+
+
+def test_a_full_disk_is_status_75(tmp_path, monkeypatch, capsys):
+    "EX_TEMPFAIL: the same command works later."
+    def full(*a, **kw): raise Full(f'{tmp_path}: no space left on the disk')
+    monkeypatch.setattr('kdocr.sweep.run_jobs', full)
+    assert main(['sweep', str(write(tmp_path, base=dict(SMALL, data=drawn())))]) == 75 and 'no space left' in capsys.readouterr().err
