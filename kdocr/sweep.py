@@ -103,7 +103,7 @@ class _Form(NamedTuple): # makes jobs of entries
     trains = property(lambda self: {'out', 'name', 'steps'} <= self.declared.keys())
     whole = property(lambda self: Config.model_fields.keys() <= self.declared.keys())
 
-    def teacher(self, name, own): return self.job({'mode': 'teacher', **self.base, **own, 'name': name}, name)
+    def teacher(self, name, own): return self.job({'mode': 'teacher', **{k: v for k, v in self.base.items() if k not in ('mode', 'teacher')}, **own, 'name': name}, name)
 
     def run(self, name, own, seed):
         p = {**({'mode': 'student'} if self.arms else {}), **self.base, **own, **({'arm': name} if self.whole else {}), 'name': name if seed is None else f'{name}-{seed}'}

@@ -13,8 +13,8 @@ import nbformat
 import pytest
 
 from kdocr.core import KdocrError, read_json
-from kdocr.jobs import Batch, Job, Lines, Local, Place, Row, Tail, Work, finished, held, hold, places, run_jobs, table_lines, why
-from sweeping import COMMAND, TRAINS, at_work, command, notebook, plan, quick, undisturbed
+from kdocr.jobs import Job, Lines, Place, Row, Table, Tail, Work, finished, held, hold, places, run_jobs, table_lines, why
+from sweeping import COMMAND, at_work, command, notebook, plan, quick, undisturbed
 
 
 def call(file, cores=2, **kw): return subprocess.run(command(file, cores), capture_output=True, text=True, timeout=300, **kw)
@@ -170,3 +170,17 @@ def test_a_full_disk_stops_all_and_the_same_command_goes_on_once_there_is_room(t
     assert f'kdocr: {disk}/out: no space left on the disk' in r.stderr and 'give the same command again' in r.stderr and r.stderr.count('kdocr: ') == 1
     assert re.search(r'[1-3] of 4 finished', first.splitlines()[-1]) and '4 of 4 finished' in second and 'Traceback' not in r.stderr
     assert hashlib.sha256(b''.join(undisturbed(tmp_path/f'w{i}', seed=i, ballast=.4) for i in range(4))).hexdigest() in r.stdout
+
+
+def test_a_terminal_gets_a_table_over_the_one_before_and_at_the_end_all_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('shutil.get_terminal_size', lambda: os.terminal_size((20, 6)))
+    rows = [Row(Job(f'a run with a long name {i}', 10, {}), tmp_path) for i in range(9)]
+    view = Table(rows)
+    view.show()
+    first = capsys.readouterr().out.splitlines()
+    assert len(first) == 5 and first[0].startswith('run') and max(map(len, first)) < 20
+    view.show()
+    assert capsys.readouterr().out == '', 'once a second'
+    view.show(last=True)
+    last = capsys.readouterr().out
+    assert last.startswith('\x1b[5F\x1b[J') and len(last.splitlines()) == 11

@@ -1,7 +1,5 @@
 """A sweep in a real SLURM of one machine: arrays, a job that another one preempts, and a command that finds its jobs again."""
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -27,7 +25,7 @@ def slurm(tmp_path_factory):
     with cluster(tmp_path_factory.mktemp('slurm')) as env: yield dict(env, **{k: v for k, v in quick(tmp_path_factory.mktemp('env')).items() if k in ('PYTHONPATH', 'OMP_NUM_THREADS')})
 
 
-def squeue(env, what='%i %T'): return subprocess.run(['squeue', '-h', '-r', '-o', what], env=env, capture_output=True, text=True).stdout.split('\n')[:-1]
+def squeue(env): return subprocess.run(['squeue', '-h', '-r', '-n', 'kdocr', '-o', '%i'], env=env, capture_output=True, text=True).stdout.split('\n')[:-1]
 
 
 def until(true, what, seconds=180):
@@ -41,21 +39,20 @@ def until(true, what, seconds=180):
 @needs_slurm
 @pytest.mark.slow
 def test_an_array_with_a_preempted_job_ends_as_if_nothing_had_been(slurm, tmp_path):
-    "A teacher, then two students as one array; the command is interrupted and given again while they train, and an urgent job takes the machine from them."
+    "A teacher, then two students as one array; while they train an urgent job takes the machine from them, and the command is interrupted and given again."
     out, file = tmp_path/'out', tmp_path/'plan.yaml'
     arms = dict(control=dict(teacher='hr', distill_weight=0), taught=dict(teacher='hr', control='control'))
-    file.write_text(yaml.safe_dump(dict(out=str(out), seeds=[0], base=dict(BASE, data=drawn()), teachers=dict(hr=dict(steps=6)), arms={k: dict(v, steps=60) for k, v in arms.items()})))
+    file.write_text(yaml.safe_dump(dict(out=str(out), seeds=[0], base=dict(BASE, data=drawn()), teachers=dict(hr=dict(steps=6)), arms={k: dict(v, steps=40) for k, v in arms.items()})))
     sweep = [sys.executable, '-m', 'kdocr.cli', 'sweep', str(file), '--cluster', 'slurm', '--partition', 'main', '--time', '30', '--mem', '0.2']
     first = subprocess.Popen(sweep, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     students = [RunFolder(out/'control-0'), RunFolder(out/'taught-0')]
     until(lambda: students[0].last.exists() or students[1].last.exists() or first.poll() is not None, 'a student trains')
+    subprocess.run(['sbatch', '-p', 'urgent', '--exclusive', '-o', '/dev/null', '--wrap', 'sleep 1'], env=slurm, check=True, capture_output=True)
     first.send_signal(signal.SIGINT)
     said = first.communicate(timeout=60)
     assert first.returncode == 130 and '2 jobs stay in SLURM and are found again' in said[1], said
-    there = squeue(slurm, '%i')
+    there = squeue(slurm)
     assert len(there) == 2 and len({j.split('_')[0] for j in there}) == 1 and {j.split('_')[1] for j in there} == {'0', '1'}, 'one array'
-
-    subprocess.run(['sbatch', '-p', 'urgent', '--exclusive', '-o', '/dev/null', '--wrap', 'sleep 1'], env=slurm, check=True, capture_output=True)
     second = subprocess.run(sweep, env=slurm, capture_output=True, text=True, timeout=400)
     assert second.returncode == 0, second.stdout + second.stderr
     assert 'hr: ' not in second.stdout.split('waiting')[0], 'what was finished is left alone'
@@ -67,7 +64,7 @@ def test_an_array_with_a_preempted_job_ends_as_if_nothing_had_been(slurm, tmp_pa
     assert same_end(teacher, RunFolder(out/'hr'))
     for r, arm in zip(students, ('control', 'taught')):
         whole = train_kd(small(tmp_path/'whole', mode='student', name=f'{arm}-0', arm=arm, control='' if arm == 'control' else 'control', teacher_checkpoint=str(teacher.published),
-                               distill_weight=float(arm == 'taught'), **{**BASE, 'steps': 60}))
+                               distill_weight=float(arm == 'taught'), **{**BASE, 'steps': 40}))
         assert same_end(whole, r), f'{arm}: the same scores, weights and log'
 
 
