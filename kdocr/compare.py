@@ -418,7 +418,7 @@ def _teacher_file(r, otherwise):
 
 def _same_tracks(r, tracks, known): # LR and HR of the run's validation tracks; `known` keeps what was read
     root = r.cfg.data or r.path.parent/'embedded'
-    if not root.is_dir(): raise KdocrError(f'its data are not at {root}')
+    if not root.exists(): raise KdocrError(f'its data are not at {root}')
     cfg = r.cfg.model_copy(update=dict(data=root, out=r.path.parent, seed=0))
     key = repr([(k, v) for k, v in cfg if k in ViewSettings.model_fields and k not in RunSettings.model_fields])
     if key not in known:

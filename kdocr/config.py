@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from .core import KdocrError, atomic_write, nearest
-from .charset import DEFAULT_CHARS, Charset
+from .charset import DEFAULT_CHARS, Charset, read_charset
 
 # %% ../nbs/02_config.ipynb #0005
 def _none(v): return None if isinstance(v, str) and v.strip().lower() in ('none', 'null', '') else v
@@ -56,7 +56,7 @@ class RunSettings(BaseModel):
 class DataSettings(RunSettings):
     "Which tracks, and how they are divided."
     data: OptionalPath = None
-    "Folder in the competition's layout; none: embedded plates, drawn into OUT/embedded on first use."
+    "Folder in the competition's layout, or a CSV of hr,lr,text or image,text; none: embedded plates, drawn into OUT/embedded on first use."
     synth_tracks: int = Field(1000, ge=8)
     "Embedded plates: tracks to train on."
     synth_test: int = Field(300, ge=0)
@@ -66,7 +66,7 @@ class DataSettings(RunSettings):
     label_share: float = Field(1.0, gt=0, le=1)
     "Share of the training plates whose texts may be used; the tracks of the others count as unlabelled. A smaller share is part of a larger one."
     packs: OptionalPath = None
-    "Folder of the decoded pictures, as `kdocr pack` fills it, one folder a data set; none: .kdocr in the data folder, or in OUT where that is read-only."
+    "Folder of the decoded pictures, as `kdocr pack` fills it, one folder a data set; none: .kdocr in the data folder (in pairs.kdocr for pairs.csv), or in OUT where that is read-only."
     skip_faulty: bool = False
     "Leave damaged tracks out instead of refusing the folder."
     keep: Literal['auto', 'device', 'mapped'] = 'auto'
@@ -76,8 +76,8 @@ class DataSettings(RunSettings):
     "Input height in pixels."
     width: int = Field(128, ge=32, multiple_of=8)
     "Input width in pixels; the model has a time step every 8."
-    charset: str = DEFAULT_CHARS
-    "The characters that can be read, in class order; class 0 is the blank."
+    charset: Annotated[str, BeforeValidator(read_charset)] = DEFAULT_CHARS
+    "The characters that can be read, in class order (class 0 is the blank), or a .txt file with them."
 
     @field_validator('charset')
     @classmethod

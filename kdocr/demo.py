@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
 from .core import KdocrError, Stopped, progress, read_json, stop_signals, write_json
+from .charset import read_charset
 from .config import make_config
 from .synth import synth
 from .data import open_data
@@ -101,14 +102,18 @@ def claim(out:Path, asked:dict) -> None:
 
 # %% ../nbs/54_demo.ipynb #0014
 def demo(out:Path|None=None,   # folder for everything; None: `demo`, or `demo_quick`
-         data:Path|None=None,  # tracks in the competition's layout; None: drawn plates
+         data:Path|None=None,  # tracks in the competition's layout, or a CSV; None: drawn plates
          quick:bool=False,
-         cores:int|None=None   # trainings at a time; None: one a core
+         cores:int|None=None,  # trainings at a time; None: one a core
+         charset:str|None=None # characters, or a .txt file with them; None: digits and capital letters
         ) -> Path:             # the report
     "Plates, a teacher, four students, a table and a report; the same call goes on where it stopped."
     start, plan = time.perf_counter(), QUICK if quick else FULL
     out = Path(out or ('demo_quick' if quick else 'demo')).absolute()
-    claim(out, dict(quick=quick, data=data and str(Path(data).absolute())))
+    other = {'charset': read_charset(charset)} if charset else {}
+    claim(out, dict(quick=quick, data=data and str(Path(data).absolute()), **other))
+    if data and Path(data).is_file(): other['recombine'] = 0. # halves of plates can be joined, those of words cannot
+    plan = plan._replace(settings={**plan.settings, **other})
     if quick: print(QUICK_NOTE)
     data = Path(data).absolute() if data else synth(out/'data', tracks=plan.tracks, test=plan.test, seed=0, workers=cores)
     todo = jobs(out, data, plan)

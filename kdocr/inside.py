@@ -98,7 +98,7 @@ class HeldOut(NamedTuple):
 
 def _open(r:Run) -> HeldOut:
     root = r.cfg.data or r.cfg.out/'embedded'
-    here = next((p for p in (root, r.path.parent/root.name) if p.is_dir()), None)
+    here = next((p for p in (root, r.path.parent/root.name) if p.exists()), None)
     if here is None: raise KdocrError(f'{r.path}: its data are gone, there is no folder {root}')
     cfg = r.cfg.model_copy(update=dict(data=here))
     d, env = open_data(cfg), read_json(RunFolder(r.path).env)

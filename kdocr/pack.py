@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from .core import KdocrError, digest, locked, np_rng, progress
 from .degrade import degrade
-from .icpr import FRAMES, Track, index, read_image, read_sealed, write_sealed
+from .icpr import Track, beside, index, read_image, read_sealed, write_sealed
 
 # %% ../nbs/14_pack.ipynb #0005
 def fit(image:np.ndarray, # (h,w,3) uint8
@@ -30,7 +30,8 @@ def decode(track:Track, height:int, width:int,
            views:int, # degraded copies of each HR frame
            seed:int) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]: # arrays of one track, and the frames' heights in pixels
     "All pictures of one track at the input size. Raises `KdocrError` naming a file that cannot be read."
-    lr, hr = [read_image(p) for p in track.lr], [read_image(p) for p in track.hr]
+    hr = [read_image(p) for p in track.hr]
+    lr = [read_image(p) for p in track.lr] or [degrade(x, np_rng('lr', track.key, i)) for i, x in enumerate(hr)] # a CSV may list no LR
     out = {'lr': np.stack([fit(x, height, width) for x in lr])}
     if hr: out['hr'] = np.stack([fit(x, height, width) for x in hr])
     if hr and views: out['degraded'] = np.stack([[fit(degrade(x, np_rng('view', seed, track.key, v, i)), height, width)
@@ -49,7 +50,7 @@ class Pack:
     layouts:list[str]
     scenarios:list[str]
     heights:dict[str, np.ndarray] # 'lr', 'hr': (n,5) pixels, as stored on disk
-    lr:np.ndarray                 # (n,5,H,W,3) uint8 RGB
+    lr:np.ndarray                 # (n,5,H,W,3) uint8 RGB; as many frames as a CSV's tracks have
     hr:np.ndarray|None            # (n,5,H,W,3); None in a test part
     degraded:np.ndarray|None      # (n,views,5,H,W,3); None without views
     faults:dict[str, str]         # key of a track whose row is not filled -> what is wrong, naming the file
@@ -64,7 +65,7 @@ def fingerprint(tracks:Sequence[Track]) -> str:
 def unchanged(track:Track) -> None:
     "Raises `KdocrError` naming a frame that is not as it was when it was indexed."
     for f, stamp in zip((*track.lr_files, *track.hr_files), track.stamps, strict=True):
-        s = os.stat(f'{track.folder}/{f}')
+        s = os.stat(os.path.join(track.folder, f))
         if (s.st_size, s.st_mtime_ns) != stamp: raise KdocrError(f'{track.folder}/{f}: changed since it was indexed; once nobody writes there any more, give the same command again')
 
 # %% ../nbs/14_pack.ipynb #000f
@@ -102,12 +103,13 @@ def open_pack(folder:str|Path,
 # %% ../nbs/14_pack.ipynb #0012
 def shapes(tracks, height, width, views) -> dict[str, tuple]:
     "The arrays of a pack; the first track tells whether there is HR."
-    one = (FRAMES, height, width, 3)
-    n, hr = len(tracks), bool(tracks[0].hr)
+    n, hr, one = len(tracks), bool(tracks[0].hr), (_frames(tracks), height, width, 3)
     return {'lr': (n, *one)} | ({'hr': (n, *one)} if hr else {}) | ({'degraded': (n, views, *one)} if hr and views else {})
 
+def _frames(tracks) -> int: return len(tracks[0].lr or tracks[0].hr) # of each of them
+
 def _arrays(tracks, height, width, views) -> dict[str, tuple]: # every file: type and shape
-    return {k: ('|u1', s) for k, s in shapes(tracks, height, width, views).items()} | {f'{r}_heights': ('<i8', (len(tracks), FRAMES)) for r in ('lr', 'hr')}
+    return {k: ('|u1', s) for k, s in shapes(tracks, height, width, views).items()} | {f'{r}_heights': ('<i8', (len(tracks), _frames(tracks))) for r in ('lr', 'hr')}
 
 def _empty(tmp:Path, arrays):
     for k, (descr, shape) in arrays.items():
@@ -234,7 +236,7 @@ def pack(tracks:Sequence[Track], # all of one part of the data
     return found, found.faults
 
 # %% ../nbs/14_pack.ipynb #88f291a2
-def pack_data(root:str|Path,
+def pack_data(root:str|Path,           # a folder of tracks, or a CSV
               out:str|Path|None=None,  # folder that keeps the packs; None: `.kdocr` in `root`, where training looks
               height:int=32, width:int=128, # input size, pixels
               views:int=0,             # degraded copies of each HR frame of the training part
@@ -242,7 +244,7 @@ def pack_data(root:str|Path,
               skip_faulty:bool=False,  # False: an error that names the faults
              ) -> list[Pack]:          # of the training part, and of the test tracks with a text; without those that are empty
     "Pack a data folder and print a line a part. Raises one `KdocrError` for all that is wrong with its files."
-    out, packs = Path(out or Path(root)/'.kdocr'), []
+    out, packs = Path(out or beside(root)/'.kdocr'), []
     found = index(root, out)
     faults = [str(f) for f in found.faults]
     for part, tracks, v in (('train', found.train, views), ('test', [t for t in found.test if t.text is not None], 0)):

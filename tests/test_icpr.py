@@ -89,7 +89,7 @@ def test_no_data(tmp_path):
         with pytest.raises(KdocrError, match=said): index(path)
         with pytest.raises(KdocrError, match=str(path)): check(path)
     (tmp_path/'file').touch()
-    with pytest.raises(KdocrError, match='file: not a folder'): index(tmp_path/'file')
+    with pytest.raises(KdocrError, match='file: neither a folder nor a .csv file'): index(tmp_path/'file')
 
 
 def break_annotations(about): return lambda f: annotate(f, about)
