@@ -1,0 +1,359 @@
+"""Reading what users have. The network of most tests reads bars: sixteen bands of grey, each of which is a class, so that every reading has a known answer."""
+import csv, json, os, pickle, subprocess, sys
+from pathlib import Path
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from kdocr import reader as R
+from kdocr.charset import Charset, fits
+from kdocr.cli import main
+from kdocr.core import KdocrError
+from kdocr.reader import Network, Reader, items, load_network, picture
+
+CS, TEXT = Charset(), 'ABC1D23'
+ABOUT = dict(charset=CS.chars, height=32, width=128, frames=1, model_type='bars')
+
+
+def bars(text=TEXT, h=32, w=128):
+    "Every second band is a character, at six grey levels a class; the others are the blank's."
+    row = np.zeros(16, np.uint8)
+    row[1:2*len(text):2] = 6*np.array(CS.encode(text))
+    return np.repeat(np.repeat(np.repeat(row, w//16)[None], h, 0)[..., None], 3, 2)
+
+def read_bars(x): # (b,f,3,32,128) in [-1,1] -> (b,16,37), the mean over frames
+    v = ((x.mean(2)[:, :, 8] + 1)*127.5).reshape(*x.shape[:2], 16, 8).mean(-1) # (b,f,16)
+    return (20*(np.abs(v[..., None] - 6*np.arange(37)) < 3)).mean(1)
+
+READER = Reader(Network(read_bars, ABOUT, 'bars'))
+
+def texts(records): return [r.text for r in records]
+
+
+@pytest.fixture(scope='session')
+def onnx_bars(tmp_path_factory):
+    "The same network as an ONNX file: the bands' means, and their distance to each class."
+    onnx = pytest.importorskip('onnx', reason='onnx is not installed')
+    return save_bars(onnx, tmp_path_factory.mktemp('onnx')/'bars.onnx', dict(kdocr=json.dumps(ABOUT)))
+
+def save_bars(onnx, path, metadata, name='images', shape=('b', 'f', 3, 32, 128)):
+    from onnx import TensorProto as T, helper as h, numpy_helper as n
+    init = [n.from_array(np.array(v, t), k) for k, v, t in [('shape', [0, 0, 3, 32, 16, 8], 'int64'), ('one', 1, 'f4'), ('half', 127.5, 'f4'), ('near', 3, 'f4'), ('sure', 20, 'f4'), ('last', [-1], 'int64'), ('classes', 6*np.arange(37), 'f4')]]
+    nodes = [h.make_node('Reshape', [name, 'shape'], ['bands']), h.make_node('ReduceMean', ['bands'], ['v'], axes=[1, 2, 3, 5], keepdims=0), # (b,16)
+             h.make_node('Add', ['v', 'one'], ['v1']), h.make_node('Mul', ['v1', 'half'], ['v2']), h.make_node('Unsqueeze', ['v2', 'last'], ['v3']), h.make_node('Sub', ['v3', 'classes'], ['d']),
+             h.make_node('Abs', ['d'], ['a']), h.make_node('Less', ['a', 'near'], ['is']), h.make_node('Cast', ['is'], ['f'], to=T.FLOAT), h.make_node('Mul', ['f', 'sure'], ['logits'])]
+    graph = h.make_graph(nodes, 'bars', [h.make_tensor_value_info(name, T.FLOAT, shape)], [h.make_tensor_value_info('logits', T.FLOAT, ('b', 16, 37))], init)
+    model = h.make_model(graph, opset_imports=[h.make_opsetid('', 13)], ir_version=8)
+    h.set_model_props(model, metadata)
+    onnx.save(model, path)
+    return path
+
+
+# ---------------------------------------------------------------- pictures of every kind, read rightly
+def grey(): return Image.fromarray(bars()[..., 0])
+def large(): return Image.fromarray(bars(h=64, w=256))
+def rotated(orientation):
+    turn = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_90', 7: 'TRANSVERSE', 8: 'ROTATE_270'}[orientation] # stored so that EXIF brings it back
+    exif = Image.Exif(); exif[0x0112] = orientation
+    return large().transpose(getattr(Image.Transpose, turn)), dict(exif=exif, quality=100, subsampling=0)
+
+def cmyk():
+    k = 255 - bars()[..., 0]
+    return Image.merge('CMYK', [Image.new('L', (128, 32))]*3 + [Image.fromarray(k)])
+
+def clear_corner():
+    "What is transparent shows white paper, whatever colour hides under it."
+    a = np.full((32, 128), 255, np.uint8); x = bars()
+    a[:16], x[:16] = 0, 77
+    return Image.fromarray(np.dstack([x, a]))
+
+KINDS = {
+    'rgb.png': lambda: (Image.fromarray(bars()), {}), 'grey.png': lambda: (grey(), {}), 'UPPER.PNG': lambda: (grey(), {}), 'best.jpg': lambda: (large(), dict(quality=100, subsampling=0)),
+    'grey.jpg': lambda: (large().convert('L'), dict(quality=100)), 'plain.bmp': lambda: (Image.fromarray(bars()), {}), 'plain.tif': lambda: (Image.fromarray(bars()), {}), 'plain.ppm': lambda: (Image.fromarray(bars()), {}),
+    'lossless.webp': lambda: (Image.fromarray(bars()), dict(lossless=True)), 'palette.png': lambda: (grey().convert('P'), {}), 'palette.gif': lambda: (grey().convert('P'), {}), 'alpha.png': lambda: (Image.fromarray(bars()).convert('RGBA'), {}),
+    'greyalpha.png': lambda: (grey().convert('LA'), {}), '16bit.png': lambda: (Image.fromarray(bars()[..., 0].astype(np.uint16)*257), {}), '12bit.png': lambda: (Image.fromarray(bars()[..., 0].astype(np.uint16)*16), {}),
+    '16bit.tif': lambda: (Image.fromarray(bars()[..., 0].astype(np.uint16)*257), {}), 'cmyk.tif': lambda: (cmyk(), {}),
+    'frames.gif': lambda: (grey(), dict(save_all=True, append_images=[Image.fromarray(bars('XYZ9876')[..., 0])])), 'frames.png': lambda: (Image.fromarray(bars()), dict(save_all=True, append_images=[Image.fromarray(bars('XYZ9876'))])),
+    'pages.tif': lambda: (Image.fromarray(bars()), dict(save_all=True, append_images=[Image.fromarray(bars('XYZ9876'))])),
+    **{f'exif{i}.jpg': lambda i=i: rotated(i) for i in range(2, 9)}, 'exif6.png': lambda: (rotated(6)[0], dict(exif=rotated(6)[1]['exif'])),
+}
+
+@pytest.mark.parametrize('name', KINDS)
+def test_every_kind_of_picture_is_read(name, tmp_path):
+    im, how = KINDS[name]()
+    im.save(tmp_path/name, **how)
+    r, = READER.read(tmp_path/name)
+    assert (r.text, r.layout, r.error) == (TEXT, 'Mercosur', '') and r.confidence > .9 and len(r.char_confidence) == 7
+    assert any('first was read' in n for n in r.notes) == (name.split('.')[0] in ('frames', 'pages'))
+    assert any('EXIF' in n for n in r.notes) == name.startswith('exif')
+
+def test_sixteen_bit_colour_is_read(tmp_path):
+    cv2.imwrite(str(tmp_path/'c.png'), bars().astype(np.uint16)*257)
+    cv2.imwrite(str(tmp_path/'c.tif'), bars().astype(np.uint16)*257)
+    assert texts(READER.read([tmp_path/'c.png', tmp_path/'c.tif'])) == [TEXT]*2
+
+def test_transparent_is_white(): assert (picture(clear_corner()).pixels[:16] == 255).all() and (picture(clear_corner()).pixels[16:] == bars()[16:]).all()
+
+@pytest.mark.parametrize('x', [bars(), bars()[..., 0], bars()[..., :1], np.dstack([bars(), np.full((32, 128), 255, np.uint8)]), bars()[..., 0].astype(np.uint16)*257, bars()[:, ::-1][:, ::-1], Image.fromarray(bars()), grey()], ids=range(8))
+def test_arrays_and_pil_images_are_read(x): assert texts(READER.read([x, x])) == [TEXT]*2 and texts(READER.read(x)) == [TEXT]
+
+def test_pixels_are_those_of_training(tmp_path):
+    "Pillow and OpenCV decode PNG and JPEG to the same bytes."
+    from kdocr.icpr import read_image
+    rng = np.random.default_rng(0)
+    noise = cv2.GaussianBlur(rng.integers(0, 256, (37, 113, 3), dtype=np.uint8), (5, 5), 1)
+    for name, how in [('a.png', {}), *((f'{q}-{s}.jpg', dict(quality=q, subsampling=s)) for q in (30, 75, 95) for s in (0, 1, 2)), ('p.jpg', dict(progressive=True))]:
+        Image.fromarray(noise).save(tmp_path/name, **how)
+        np.testing.assert_array_equal(picture(tmp_path/name).pixels, read_image(tmp_path/name))
+    crops = sorted((Path(__file__).parents[2]/'shared/data/plates_br/test_crops').rglob('*.*g'))[:40] + sorted(Path('/work/shared/data/plates_br/test_crops').rglob('*.*g'))[:40]
+    for p in crops: np.testing.assert_array_equal(picture(p).pixels, read_image(p))
+
+
+# ---------------------------------------------------------------- and what is refused, by name
+def jpeg(): return cv2.imencode('.jpg', bars())[1].tobytes()
+def png(): return cv2.imencode('.png', np.random.default_rng(0).integers(0, 256, (32, 128, 3), dtype=np.uint8))[1].tobytes()
+
+BAD = {
+    'text.png': (lambda p: p.write_text('not a picture'), 'no picture'), 'empty.jpg': (lambda p: p.write_bytes(b''), 'empty file'), 'cut.jpg': (lambda p: p.write_bytes(jpeg()[:-200]), 'damaged'),
+    'cut.png': (lambda p: p.write_bytes(png()[:len(png())//2]), 'truncated PNG'), 'head.png': (lambda p: p.write_bytes(png()[:20]), ''), 'flipped.png': (lambda p: p.write_bytes(png()[:200] + b'\0\1\2\3' + png()[204:]), 'check sum'),
+    'one.png': (lambda p: Image.new('RGB', (1, 1)).save(p), '1x1 pixels'), 'line.png': (lambda p: Image.new('RGB', (300, 1)).save(p), '300x1 pixels'), 'float.tif': (lambda p: Image.new('F', (128, 32)).save(p), 'floating-point'),
+    'huge.png': (lambda p: Image.new('1', (10_000, 10_000)).save(p), '10000x10000 pixels'), 'bomb.png': (lambda p: Image.new('1', (20_000, 10_000)).save(p), 'million'),
+    'draw.png': (lambda p: p.write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'), 'no picture'), 'draw.svg.png': (lambda p: p.write_text('<svg xmlns="http://www.w3.org/2000/svg"/>'), 'no picture'),
+    'pipe.png': (lambda p: os.mkfifo(p), 'not a regular file'), 'gone.png': (lambda p: None, 'no such file'), 'x'*300 + '.png': (lambda p: None, ''),
+}
+
+@pytest.mark.parametrize('name', BAD, ids=lambda n: n[:12])
+def test_bad_pictures_are_named_and_the_rest_is_read(name, tmp_path):
+    make, said = BAD[name]
+    make(tmp_path/name)
+    before, bad, after = READER.read([bars(), tmp_path/name, bars()])
+    assert (before.text, bad.text, bad.confidence, after.text) == (TEXT, '', 0, TEXT)
+    assert bad.path == str(tmp_path/name) and bad.error and said in bad.error and not before.error
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    Image.new('1', (10_000, 10_000)).save(tmp_path/'huge.png')
+    monkeypatch.setattr(Image.Image, 'load', lambda self: pytest.fail('it was decoded'))
+    assert 'pixels' in READER.read(tmp_path/'huge.png')[0].error
+
+@pytest.mark.parametrize('x, said', [(np.zeros((32, 128)), 'float64'), (np.zeros((5, 32, 128, 3), np.uint8), 'shape'), (np.zeros((32, 128, 2), np.uint8), 'shape'), (np.zeros((0, 0), np.uint8), '0x0'), (7, 'int is no picture'), (None, 'NoneType')])
+def test_what_is_no_picture_in_python(x, said): assert said in READER.read([x])[0].error
+
+
+# ---------------------------------------------------------------- folders and tracks
+def save(path, text=TEXT): path.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(bars(text)).save(path); return path
+
+def test_folders_and_tracks_are_found_in_order(tmp_path):
+    for i in (1, 2, 3, 4, 5): save(tmp_path/f'test/track_2/lr-00{i}.png'); save(tmp_path/f'test/track_2/hr-00{i}.png')
+    for i in (1, 4): save(tmp_path/f'test/track_1/lr-00{i}.jpg')
+    save(tmp_path/'b.png'); save(tmp_path/'a/z.JPG'); save(tmp_path/'.hidden/x.png'); save(tmp_path/'a/.x.png')
+    (tmp_path/'test/track_3').mkdir(); (tmp_path/'a/notes.txt').write_text('-'); (tmp_path/'loop').symlink_to(tmp_path)
+    found = [(i.name.removeprefix(f'{tmp_path}/'), [Path(f).name[:6] for f in i.frames], i.left_out) for i in items(tmp_path)]
+    assert found == [('b.png', ['b.png'], ()), ('a/z.JPG', ['z.JPG'], ()), ('test/track_1', ['lr-001', 'lr-004'], ('lr-002: missing', 'lr-003: missing', 'lr-005: missing')),
+                     ('test/track_2', [f'lr-00{i}' for i in range(1, 6)], ()), ('test/track_3', [], tuple(f'lr-00{i}: missing' for i in range(1, 6)))]
+    records = READER.read(tmp_path)
+    assert [r.frames for r in records] == [1, 1, 2, 5, 0] and 'missing' in records[-1].error
+
+def test_a_bad_frame_is_left_out_and_said(tmp_path):
+    track = [save(tmp_path/f'track_1/lr-00{i}.png') for i in range(1, 6)]
+    track[2].write_bytes(b'no picture')
+    for how in ('sum', 'vote'):
+        r, = READER.read(tmp_path/'track_1', frames=how)
+        assert (r.text, r.frames, r.error) == (TEXT, 4, '') and r.left_out[0].startswith('lr-003.png: no picture') and len(r.left_out) == 1
+
+def test_a_frame_twice_is_said(tmp_path):
+    save(tmp_path/'t/lr-001.bmp'); save(tmp_path/'t/lr-001.png')
+    assert 'frame 1 is also there' in str(READER.read(tmp_path/'t')[0])
+
+def test_an_empty_folder_is_said(tmp_path): assert READER.read(tmp_path)[0].error == 'no pictures in it'
+
+def test_names_that_are_no_utf8(tmp_path):
+    path = os.fsencode(tmp_path) + b'/caf\xe9 \xf0\x9f\x9a\x97.png'
+    with open(path, 'wb') as f: Image.fromarray(bars()).save(f, 'PNG')
+    r, = READER.read(tmp_path)
+    assert r.text == TEXT and r.path.encode('utf-8').endswith(' 🚗.png'.encode())
+
+
+# ---------------------------------------------------------------- frames, layouts, temperatures
+def net(logits_of, **about): return Reader(Network(logits_of, {**ABOUT, **about}, 'made up'))
+def said(*texts_and_logits): # a network that says by the first pixel what is asked
+    def run(x):
+        out = np.zeros((len(x), 16, 37))
+        for i, v in enumerate(((x[:, 0, 0, 0, 0] + 1)*127.5).round().astype(int)):
+            text, sure = texts_and_logits[v]
+            out[i, :, 0] = sure; out[i, range(1, 2*len(text), 2), 0] = 0; out[i, range(1, 2*len(text), 2), CS.encode(text)] = sure
+        return out
+    return run
+def flat(v): return np.full((32, 128, 3), v, np.uint8)
+
+def test_sum_and_vote_differ_as_they_should():
+    "Two frames that are a little for A outvote one that is certain of B; their sum does not."
+    r = net(said(('AAA1A11', 6), ('BBB2B22', 30)))
+    track = [[flat(0), flat(1), flat(0)]]
+    assert texts(r.read(track, frames='vote')) == ['AAA1A11'] and texts(r.read(track, frames='sum')) == ['BBB2B22']
+
+def test_three_equal_frames_are_one_witness():
+    one, three = (READER.read([[bars()]*k], frames='sum')[0] for k in (1, 3))
+    assert one.confidence == pytest.approx(three.confidence, rel=1e-9)
+
+def test_a_votes_confidence_is_the_mean_of_its_frames():
+    r = net(said(('AAA1A11', 9), ('BBB2B22', 9)))
+    alone, both = r.read([flat(0)])[0], r.read([[flat(0), flat(0), flat(1)]], frames='vote')[0]
+    assert both.text == 'AAA1A11' and both.confidence == pytest.approx(alone.confidence*2/3, rel=1e-3)
+
+def test_attention_sees_frames_at_once_by_their_number():
+    seen = []
+    r = Reader(Network(lambda x: (seen.append(x.shape[:2]), read_bars(x))[1], dict(ABOUT, frames=5), 'fuses'))
+    assert texts(r.read([[bars()]*k for k in (5, 1, 3, 5)])) == [TEXT]*4 and seen == [(1, 1), (1, 3), (2, 5)]
+    seen.clear()
+    assert r.read([[bars()]*3], frames='sum')[0].text == TEXT and seen == [(3, 1)]
+
+def test_attention_of_single_frames_is_refused():
+    with pytest.raises(KdocrError, match='single frames'): READER.read(bars(), frames='attention')
+
+def test_temperature_is_that_of_the_number_of_frames():
+    r = net(said(('ABC1D23', 4.)), temperature=9., temperatures=[2., 1., .5])
+    conf = [r.read([[flat(0)]*k])[0].confidence for k in (1, 2, 3, 5)]
+    assert conf[0] < conf[1] < conf[2] == conf[3] and [r.temperature(k) for k in (1, 2, 3, 5)] == [2., 1., .5, .5]
+    assert net(said(('A', 1)), temperature=3.).temperature(4) == 3 and READER.temperature(1) == 1
+
+def test_a_reading_is_a_plate_unless_asked_for():
+    r = net(said(('12AB', 8), ('', 8), ('A', 8)))
+    for x in range(3):
+        assert fits(r.read(flat(x))[0].text, 'Brazilian') or fits(r.read(flat(x))[0].text, 'Mercosur')
+        assert fits(r.read(flat(x), layout='Brazilian')[0].text, 'Brazilian')
+    assert texts(r.read([flat(0), flat(1)], layout='free')) == ['12AB', ''] == texts(r.read([flat(0), flat(1)], decoder='greedy')) == texts(r.read([flat(0), flat(1)], 'beam'))
+    assert r.read(flat(0), layout='DDLL|L')[0].text == '12AB' and r.read(flat(0), layout='free')[0].layout == ''
+
+def test_the_layout_is_the_networks_own():
+    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts=[]).settle() == ('beam', '', 'sum')
+    assert Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle() == ('beam', '', 'sum')
+    with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle(layout='either')
+
+def test_pictures_are_opened_a_batch_at_a_time(monkeypatch):
+    opened = []
+    monkeypatch.setattr(R, 'picture', lambda s: (opened.append(s), picture(s))[1])
+    stream = READER.stream([bars()]*10_000, batch=20)
+    next(stream)
+    assert len(opened) == 20
+    for _ in range(20): next(stream)
+    assert len(opened) == 40
+
+
+# ---------------------------------------------------------------- checkpoints
+class Bomb:
+    def __reduce__(self): return (os.mkdir, (os.environ['KDOCR_TEST_BOMB'],))
+
+@pytest.mark.parametrize('how', ['pickle.pth', 'zip.pth', 'zip.onnx', 'pickle.bin'])
+def test_code_in_a_checkpoint_is_never_run(how, tmp_path, monkeypatch):
+    torch = pytest.importorskip('torch')
+    monkeypatch.setenv('KDOCR_TEST_BOMB', str(tmp_path/'ran'))
+    bomb = dict(format=1, model=Bomb(), charset=CS.chars)
+    if how.startswith('zip'): torch.save(bomb, tmp_path/how)
+    else: (tmp_path/how).write_bytes(pickle.dumps(bomb))
+    with pytest.raises(KdocrError, match=how): load_network(tmp_path/how)
+    assert not (tmp_path/'ran').exists()
+    pickle.loads(pickle.dumps(Bomb())); assert (tmp_path/'ran').exists() # it would have
+
+@pytest.fixture
+def weights(tmp_path):
+    torch = pytest.importorskip('torch')
+    from kdocr.config import Config
+    from kdocr.restran import make_model
+    from kdocr.run import describe, save_checkpoint
+    torch.manual_seed(0)
+    return save_checkpoint(tmp_path/'run/checkpoints/best.pth', dict(describe(Config(), 'restran_tiny', ''), model=make_model('restran_tiny').state_dict(), step=1, temperature=1.5))
+
+def test_run_folders_and_damaged_checkpoints(weights, tmp_path):
+    assert Reader.load(tmp_path/'run').temperature(1) == 1.5 and 'restran_tiny' in repr(Reader.load(weights))
+    weights.write_bytes(weights.read_bytes()[:5000])
+    for path, text in ((weights, 'damaged'), (tmp_path/'gone.pth', 'no such checkpoint'), (tmp_path, 'without checkpoints/best.pth')):
+        with pytest.raises(KdocrError, match=text): load_network(path)
+
+def test_it_reads_what_training_reads(weights):
+    "The same texts as `evaluate`, from the folders as from the pack."
+    torch = pytest.importorskip('torch')
+    from training import drawn, small
+    from kdocr.data import open_data
+    from kdocr.run import load_model
+    from kdocr.train import evaluate
+    model, data = load_model(weights), open_data(small('unused', mode='student', teacher_checkpoint=weights))
+    with torch.no_grad(): model.head.weight.mul_(30) # random weights that say something
+    read = evaluate(model, data.test, CS, torch.device('cpu'), frames=5)
+    def run(x):
+        with torch.no_grad(): return model.forward_taps(torch.from_numpy(x)).logits.numpy()
+    records = Reader(Network(run, ABOUT, 'weights')).read(f'{drawn()}/test', decoder='greedy')
+    assert {Path(r.path).name: r.text for r in records} == {p.key: p.pred for p in read} and any(p.pred for p in read)
+
+def test_training_leaves_temperatures(tmp_path):
+    pytest.importorskip('torch')
+    from training import small
+    from kdocr.run import load_checkpoint
+    from kdocr.train_kd import train_kd
+    run = train_kd(small(tmp_path, steps=4))
+    best = load_checkpoint(run.best)
+    assert len(best['temperatures']) == 5 and all(.1 <= t <= 10 for t in best['temperatures']) and best['temperature'] == best['temperatures'][0] and best['layouts'] == ['Brazilian', 'Mercosur']
+    assert load_checkpoint(run.published)['temperatures'] == best['temperatures'] and Reader.load(run.path).temperature(5) == best['temperatures'][4]
+
+def test_onnx_reads_the_same_without_torch(onnx_bars, tmp_path):
+    for i in range(1, 6): save(tmp_path/f'in/track_1/lr-00{i}.png')
+    save(tmp_path/'in/x.png', 'XYZ9876')
+    code = f"import sys; sys.modules['torch'] = None\nfrom kdocr.cli import main; sys.exit(main(['read', {str(tmp_path/'in')!r}, '--ckpt', {str(onnx_bars)!r}, '--format', 'jsonl']))"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert r.returncode == 0 and r.stderr == ''
+    rows = [json.loads(l) for l in r.stdout.splitlines()]
+    assert [(x['text'], x['frames'], x['layout']) for x in rows] == [('XYZ9876', 1, 'Brazilian'), (TEXT, 5, 'Mercosur')]
+    for mine, theirs in zip(READER.read(tmp_path/'in'), rows): assert mine.confidence == pytest.approx(theirs['confidence'], rel=1e-4)
+
+def test_a_checkpoint_without_torch_is_one_line(weights, tmp_path):
+    code = f"import sys; sys.modules['torch'] = None\nfrom kdocr.cli import main; sys.exit(main(['read', '/x.png', '--ckpt', {str(weights)!r}]))"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert r.returncode == 2 and 'needs PyTorch' in r.stderr and r.stderr.count('\n') == 1
+
+@pytest.mark.parametrize('case, text', [('no card', 'something else'), ('card no json', 'card cannot be read'), ('card a list', 'card cannot be read'), ('card not whole', 'not whole: charset, frames'), ('temperature', 'not whole: temperature'),
+                                        ('input name', 'something else .pixels'), ('input shape', 'something else'), ('classes', 'something else .logits'), ('size', 'something else'), ('charset twice', 'more than once'), ('text', 'no ONNX file'), ('cut', 'no ONNX file'), ('empty', 'no ONNX file')])
+def test_an_onnx_file_of_something_else(case, text, onnx_bars, tmp_path):
+    import onnx
+    card = {'no card': None, 'card no json': '{', 'card a list': '[]', 'card not whole': json.dumps(dict(height=32, width=128)), 'temperature': json.dumps(dict(ABOUT, temperature=0)), 'classes': json.dumps(dict(ABOUT, charset='ABC')),
+            'size': json.dumps(dict(ABOUT, width=64)), 'charset twice': json.dumps(dict(ABOUT, charset='AAB'))}.get(case, json.dumps(ABOUT))
+    other = {'input name': dict(name='pixels'), 'input shape': dict(shape=('b', 3, 32, 128, 1))}.get(case, {})
+    path = save_bars(onnx, tmp_path/'other.onnx', {} if card is None else dict(kdocr=card), **other)
+    if case in ('text', 'cut', 'empty'): path.write_bytes({'text': b'hello', 'cut': path.read_bytes()[:100], 'empty': b''}[case])
+    with pytest.raises(KdocrError, match=text) as e: load_network(path)
+    assert 'other.onnx' in str(e.value) or case == 'charset twice'
+
+def test_no_reader_was_shipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(R, 'files', lambda _: tmp_path)
+    assert main(['read', 'x.png']) == 2 and 'no reader came with this installation' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the command
+def test_one_bad_file_in_a_folder_of_many(onnx_bars, tmp_path, capsys):
+    for i in range(200): save(tmp_path/f'in/{i:03d}.png', f'ABC{i:04d}')
+    (tmp_path/'in/100.png').write_text('no picture')
+    assert main(['read', str(tmp_path/'in'), '--ckpt', str(onnx_bars), '--out', str(tmp_path/'out.csv'), '--batch', '16']) == 1
+    out, err = capsys.readouterr()
+    assert out == '' and f'kdocr: {tmp_path}/in/100.png: no picture' in err and '200/200' in err
+    rows = list(csv.DictReader(open(tmp_path/'out.csv', encoding='utf-8')))
+    assert [r['text'] for r in rows] == [f'ABC{i:04d}' if i != 100 else '' for i in range(200)] and 'no picture' in rows[100]['error']
+    assert len(rows[0]['char_confidence'].split()) == 7 and {p.name for p in tmp_path.iterdir()} == {'in', 'out.csv'}
+
+def test_formats_agree(onnx_bars, tmp_path, capsys):
+    a, b = save(tmp_path/'a, "b".png'), tmp_path/'gone.png'
+    shown = {}
+    for shape in ('table', 'jsonl', 'csv'):
+        assert main(['read', str(a), str(b), '--ckpt', str(onnx_bars), '--format', shape]) == 1
+        shown[shape], err = capsys.readouterr()
+        assert err == f'kdocr: {b}: no such file\n'
+    table, rows, lines = shown['table'].splitlines(), list(csv.DictReader(shown['csv'].splitlines())), [json.loads(l) for l in shown['jsonl'].splitlines()]
+    assert len(table) == 3 and TEXT in table[1] and str(a) in table[1] and 'no such file' in table[2]
+    assert [r['path'] for r in rows] == [l['path'] for l in lines] == [str(a), str(b)] and [r['text'] for r in rows] == [l['text'] for l in lines] == [TEXT, '']
+    assert float(rows[0]['confidence']) == lines[0]['confidence'] and lines[1]['error'] == rows[1]['error'] == 'no such file'
+    assert main(['read', str(a), '--ckpt', str(onnx_bars), '--out', str(tmp_path/'x.jsonl')]) == 0 and json.loads((tmp_path/'x.jsonl').read_text())['text'] == TEXT
+
+@pytest.mark.parametrize('args, text', [(['--decoder', 'gredy'], "did you mean 'greedy'"), (['--frames', 'votes'], "did you mean 'vote'"), (['--format', 'json'], "did you mean 'jsonl'"), (['--layout', 'AAA0000'], "'A' is no place"),
+                                        (['--batch', '0'], 'at least 1'), (['--out', '/'], '/: a folder'), (['--out', '/proc/nowhere/x.csv'], '/proc/nowhere/x.csv'), (['--device', 'cuda'], 'cuda'), (['--frames', 'attention'], 'single frames')])
+def test_a_wrong_setting_is_one_line_and_status_2(args, text, onnx_bars, tmp_path, capsys):
+    save(tmp_path/'a.png')
+    assert main(['read', str(tmp_path/'a.png'), '--ckpt', str(onnx_bars), *args]) == 2
+    out, err = capsys.readouterr()
+    assert text in err and err.count('\n') == 1 and TEXT not in out
