@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from kdocr.augment import LEAST, draw_shrink, shrink
-from kdocr.card import at_heights, card, card_text, labelled_folder, labelled_tracks, plain_reader, shrunk, write_card
+from kdocr.heights import at_heights, labelled_folder, labelled_tracks, shrunk
 from kdocr.config import load_config
 from kdocr.core import KdocrError, np_rng, read_json
 from kdocr.data import ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset
@@ -17,9 +17,12 @@ from kdocr.icpr import index
 from kdocr.notebooks import run_notebook
 from kdocr.pack import pack
 from kdocr.plates import OTHER, VARIETY, draw_style, stamp
+from kdocr.reader import Reader, shipped
 from kdocr.run import RunFolder
+from kdocr.runcard import card_text
 from kdocr.synth import synth
 
+MODEL = Path(str(files('kdocr')))/'models'/'reader.onnx'
 PHOTOGRAPHS = Path(__file__).resolve().parents[2]/'shared/data/plates_br/test_crops'
 
 def said(path): return ' '.join(str(o.get('text', o.get('ename', ''))) for c in nbformat.read(path, 4).cells if c.cell_type == 'code' for o in c.outputs)
@@ -114,37 +117,45 @@ def test_heights_and_scores(crops):
     assert rows[0]['cer'] == pytest.approx(1/14) and rows[0]['low'] < .5 < rows[0]['high']
     assert np.array_equal(shrunk(plates[0].picture, 20), cv2.resize(plates[0].picture, (60, 20), interpolation=cv2.INTER_AREA))
 
-def test_run_notebook_trains_measures_and_writes_the_card(tmp_path, crops):
+def test_first_frames_of_tracks(drawn):
+    tracks = index(drawn).train
+    hr, lr = labelled_tracks(tracks), labelled_tracks(tracks, low=True)
+    assert [p.text for p in hr] == [p.text for p in lr] == [t.text for t in tracks]
+    assert all(a.picture.shape[0] > b.picture.shape[0] for a, b in zip(hr, lr))
+
+def test_run_notebook_trains_measures_exports_and_writes_the_card(tmp_path, crops):
     out = tmp_path/'reader'
     run_notebook('reader', out, dict(out=out, tracks=40, steps=4, batch_size=8, eval_every=4, photographs=crops, publish=out/'card'))
     about, run = read_json(out/'card/reader.json'), RunFolder(out/'reader')
-    assert about['data']['tracks'] == 40 and about['recipe']['steps'] == 4 and about['recipe']['shrink'] == load_config(run.config).shrink
-    assert [r['pictures'] for rows in about['accuracy'].values() for r in rows][-1] == 2
+    assert about['data']['drawn'] and 'tracks 40' in about['data']['source'] and about['recipe']['shrink'] == load_config(run.config).shrink
+    assert [a['n'] for what, a in about['accuracy'].items() if what.startswith(f'photographs ({crops.name})')] == [2]*8, 'four heights, two decoders'
     assert (out/'card/README.md').read_text() == card_text(about)
-    read = plain_reader(out/'card/reader.pth')
-    assert read([p.picture for p in labelled_folder(crops)]) == plain_reader(run.best)([p.picture for p in labelled_folder(crops)])
-    with pytest.raises(KdocrError, match='not finished'): card(RunFolder(tmp_path/'none'), {}, {})
-    assert write_card(about, tmp_path/'again').read_text() == card_text(about)
+    pictures = [p.picture for p in labelled_folder(crops)]
+    a, b = (Reader.load(p, device='cpu').read(pictures) for p in (run.best, out/'card/reader.onnx'))
+    assert [r.text for r in a] == [r.text for r in b]
 
 def test_peers_run_with_what_is_there(tmp_path, crops):
     kept = run_notebook('peers', tmp_path, dict(pictures=crops, embedded=50, rapidocr=False, tesseract=False, out=tmp_path))
     rows = list(csv.DictReader(open(tmp_path/'peers.csv'))) if (tmp_path/'peers.csv').exists() else []
-    assert len(rows) == 8 if list((Path(str(files('kdocr')))/'models').glob('reader.*')) else 'ships no reader' in said(kept)
+    assert len(rows) == (16 if MODEL.is_file() else 0) and ('no reader came' in said(kept)) != MODEL.is_file()
     assert 'no labels.csv' in said(run_notebook('peers', tmp_path/'b', dict(pictures=tmp_path/'b', embedded=0, rapidocr=False, tesseract=False, out=tmp_path/'b')))
 
 
 # ---- what ships
 def test_the_shipped_reader_is_small_and_its_card_is_its_own():
-    folder = Path(str(files('kdocr')))/'models'
-    weights = [p for p in folder.glob('reader.*') if p.suffix in ('.onnx', '.pth')]
-    assert weights and all(p.stat().st_size <= 3_000_000 for p in weights)
-    about = read_json(folder/'reader.json')
-    assert (folder/'README.md').read_text() == card_text(about)
-    assert about['data']['source'].startswith('drawn') and about['step'] <= about['recipe']['steps']
+    assert shipped() == MODEL and MODEL.stat().st_size <= 3_000_000
+    about = read_json(MODEL.with_suffix('.json'))
+    assert MODEL.with_name('README.md').read_text() == card_text(about)
+    assert about['data']['drawn'] and about['model']['charset'] == Reader.load(device='cpu').about['charset']
+    assert any('photographs' in what for what in about['accuracy'])
+
+def test_the_shipped_reader_reads_drawn_plates(drawn):
+    plates = labelled_tracks(index(drawn).train)
+    read = [r.text for r in Reader.load(device='cpu', threads=1).read([p.picture for p in plates])]
+    assert sum(a == p.text for a, p in zip(read, plates)) >= 12, 'half of 24 wild ones at least'
 
 @pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason='the photographs beside the project are not here')
 def test_the_shipped_reader_reads_photographs():
-    folder = Path(str(files('kdocr')))/'models'
-    if not (folder/'reader.pth').exists(): pytest.skip('the reader ships as ONNX; its own tests read with it')
-    row, = at_heights(plain_reader(folder/'reader.pth'), labelled_folder(PHOTOGRAPHS), (None,))
+    reader = Reader.load(device='cpu', threads=1)
+    row, = at_heights(lambda x: [(r.text, r.confidence) for r in reader.read(x)], labelled_folder(PHOTOGRAPHS), (None,))
     assert row['exact'] >= .7
