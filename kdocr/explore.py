@@ -663,10 +663,11 @@ class Live:
         n = len(trainer.data.val)
         self.batch = trainer.data.val.batch(torch.linspace(0, n - 1, min(tracks, n)).long(), 0, trainer.device)
         self.pictures, self.log = [picture(self.batch.images.cpu(), i) for i in range(len(self.batch))], self.tail.read()
+        start = time.perf_counter()
         self.readings = self.read()
         controls = {'scale': W.ToggleButtons(options=['log', 'linear'], style=dict(button_width='60px')), 'smoothing': _slider('smooth', 0, 101, 1, 0, 'points of the running median; 0: a fiftieth of the points', live=False)}
         self.explorer = Explorer({'': controls}, lambda scale, smoothing: live_figure(self.log, self.readings, self.pictures, trainer.cfg.name, trainer.total, scale == 'log', smoothing))
-        self.last = self.explorer.took
+        self.last = time.perf_counter() - start # with everything cold: rather too long a guess than too short
 
     @torch.no_grad()
     def read(self) -> list[tuple]: # (text, read, confidence)
