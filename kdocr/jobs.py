@@ -297,7 +297,7 @@ class Lines:
         for r in self.rows:
             if (now := f'{r.state}{f", try {r.tries + 1}" if r.tries and r.state == "running" else ""}') == self.known[r.job.name]: continue
             self.known[r.job.name] = now
-            self.say(f'{r.job.name}: {now}' + (f', {100 * r.exact:.1f} % exact' if r.state == 'finished' and r.exact is not None else f': {r.error}' if r.error else ''))
+            self.say(f'{r.job.name}: {now}' + (f', {100 * r.exact:.1f} % exact' if r.state == 'finished' and r.exact is not None else ': another process is at work on it; waiting for that' if r.state == 'elsewhere' else f': {r.error}' if r.error else ''))
         if last or time.monotonic() - self.said > 60: self.said = time.monotonic(); self.say(summed(self.rows))
 
 class Table:
