@@ -78,7 +78,7 @@ def write_track(root:Path, job:Job, seed:int, fonts:tuple, variety:float) -> Non
 
 # %% ../nbs/13_synth.ipynb #000d
 DRAWING = 4 # raise when the drawing changes: sets of two drawings must not be mixed
-WILD = 1    # the same for what is drawn beyond the usual variety alone
+WILD = 2    # the same for what is drawn beyond the usual variety alone
 
 @contextmanager
 def _writing(folder:Path) -> Iterator[None]:

@@ -95,7 +95,7 @@ def test_the_other_forms_are_other_forms():
     assert w[10:80, :8].min() > 0, "its sides stand upright"
 
 def test_sets_of_two_drawings_are_told_apart(drawn):
-    assert read_json(drawn/'synth.json')['drawing'] == '4.1'
+    assert read_json(drawn/'synth.json')['drawing'] == '4.2'
 
 
 # ---- the card
