@@ -181,7 +181,7 @@ CAMERA = { # lowest, highest, step, start, what it is
     'height':   (0, 48, 1, 0, 'pixels of height, 6 at least; 0: as the LR frame'), 'blur': (0., 2., .05, .8, 'sigma of the lens, LR pixels'), 'motion': (0., 6., .1, .6, 'motion blur, LR pixels'),
     'angle':    (-1.6, 1.6, .1, 0., 'its direction, rad'), 'contrast': (0., 120., 2., 74., 'grey standard deviation; 0: as it is'), 'sharpen': (0., 8., .1, 3.5, 'unsharp mask, amount'),
     'radius':   (.5, 3., .1, 1.3, 'its sigma, LR pixels'), 'noise': (0., 20., .5, 2., 'sigma, grey levels'), 'quality': (5, 98, 1, 70, 'JPEG')}
-LIGHT = {'exposure': (.2, 2., .05, 1., 'gain'), 'haze': (0., 150., 5., 0., 'grey levels'), 'night': (0., 1., .05, 0., 'share of the lamp'), 'rain': (0., 1., .05, 0., 'share of streaks'),
+LIGHT = {'exposure': (.2, 2., .05, 1., 'gain'), 'haze': (0., 150., 5., 0., 'grey levels'), 'night': (0., 1., .05, 0., 'share of the lamp'), 'rain': (0., 1., .05, 0., 'share of streaks'), 'bloom': (0., 1.5, .05, 0., 'share of bright light that spills'),
          'glare': (0., 160., 5., 0., 'grey levels')}
 
 # %% ../nbs/58_explore.ipynb #x58015
