@@ -1,16 +1,18 @@
 """The command line as a shell sees it: one line for a mistake, and a status to go by."""
-import json, subprocess, sys
+import json, re, subprocess, sys
 import pytest
 from kdocr.cli import main, parser
 
+
+COMMANDS = ['demo', 'synth', 'check', 'pack', 'read', 'run', 'runs', 'report', 'compare', 'sweep', 'bench', 'submit', 'check-submission', 'export', 'card']
 
 def kdocr(*args, **kw): return subprocess.run([sys.executable, '-m', 'kdocr.cli', *args], capture_output=True, text=True, **kw)
 
 def test_help_names_every_command():
     r = kdocr('--help')
-    assert r.returncode == 0 and all(c in r.stdout for c in ('demo', 'synth', 'check', 'pack', 'run', 'report', 'compare', 'train_kd --help'))
+    assert r.returncode == 0 and all(c in r.stdout for c in (*COMMANDS, 'train_kd --help'))
 
-@pytest.mark.parametrize('command', ['demo', 'synth', 'check', 'pack', 'run', 'report', 'compare'])
+@pytest.mark.parametrize('command', COMMANDS)
 def test_help_of_each(command, capsys):
     with pytest.raises(SystemExit) as e: parser().parse_args([command, '--help'])
     assert e.value.code == 0 and command in capsys.readouterr().out
@@ -27,6 +29,12 @@ def test_a_mistake_is_one_line_and_status_2(args, said, capfd):
 def test_nothing_heavy_is_imported_for_help():
     r = subprocess.run([sys.executable, '-c', 'import sys, kdocr.cli; sys.exit(any(m in sys.modules for m in ("torch", "pandas", "matplotlib", "papermill", "cv2")))'])
     assert r.returncode == 0
+
+def test_help_of_run_names_every_shipped_notebook(capsys):
+    from kdocr.notebooks import shipped_notebooks
+    with pytest.raises(SystemExit): parser().parse_args(['run', '--help'])
+    said = capsys.readouterr().out
+    assert set(shipped_notebooks()) <= set(re.findall(r'\w+', said))
 
 def test_run_lists_parameters(capsys):
     assert main(['run', 'train_kd', '--parameters']) == 0
