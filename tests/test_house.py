@@ -49,6 +49,7 @@ def test_notebooks_are_clean(nb):
     for before, after in zip(raw['cells'], cleaned.cells):
         assert before.get('metadata', {}) == dict(after.get('metadata', {})), 'run nbdev_clean'
         assert before.get('execution_count') is None, 'run nbdev_clean'
+        assert not any('application/vnd.jupyter.widget-view+json' in o.get('data', {}) for o in before.get('outputs', [])), 'a widget without its kernel shows nothing: clear this output'
 
 
 def test_cleaning_keeps_the_parameters_tag():
