@@ -41,10 +41,11 @@ def _limits(card:dict) -> list[str]:
             {True: 'It has seen drawn plates alone: no figure on them says how it reads photographs.', False: 'Its figures hold for pictures like those it was trained on.',
              None: 'Its data were gone when this was written: whether they were drawn or photographed is not known here.'}[card['data']['drawn']],
             'It was trained on clean HR pictures; low-resolution ones are new to it.' if card['recipe']['mode'] == 'teacher' else 'It was trained on low-resolution pictures.']
-    for part, a in card['accuracy'].items():
-        poor, rough = ([h for h, v in a['by_height'].items() if ok(v)] for ok in (lambda v: v['n'] >= few and v['interval'][1] < .5, lambda v: v['n'] < few))
-        if poor: what.append(f'{part}: fewer than half of the texts are read rightly at heights of {", ".join(poor)} px.')
-        if rough: what.append(f'{part}: fewer than {few} pictures at heights of {", ".join(rough)} px; the figures there are rough.')
+    def where(ok): # 'val at 12-14 px, test at 9-11 and 12-14 px'
+        found = {part: [h for h, v in a['by_height'].items() if ok(v)] for part, a in card['accuracy'].items()}
+        return '; '.join(f'{part}, at {" and ".join(hs)} px' for part, hs in found.items() if hs)
+    if poor := where(lambda v: v['n'] >= few and v['interval'][1] < .5): what.append(f'Fewer than half of the texts are read rightly: {poor}.')
+    if rough := where(lambda v: v['n'] < few): what.append(f'Fewer than {few} pictures, so the figure is rough: {rough}.')
     return what
 
 # %% ../nbs/63_runcard.ipynb #a851b6c8
@@ -81,13 +82,15 @@ def card_text(c:dict) -> str: # Markdown
              f"{d['source'][:1].upper()}{d['source'][1:]}; {texts} different texts to train on. Fingerprint {d['fingerprint']}, split {d['split']}.",
              '', '## Recipe', '', '| setting | |', '| --- | --- |', *(f'| {k} | {v} |' for k, v in c['recipe'].items()), '',
              f"Best validation at step {t['step']:,} of {t['steps']:,}; {t['seconds']:,} s on {t['device_name']} ({t['device']}), torch {t['torch']}, revision {t['git']}.",
-             '', '## Accuracy', '', f"What was read: {c['reading']}; greedy. Heights are those of the first frame, as stored."]
+             '', '## Accuracy', '', f"What was read: {c['reading']}; greedy. Heights are those of the first frame, as stored; a row of another name says itself what was read."]
+    lines += ['', '| | tracks | exact, % (95 % interval) | CER, % | Confidence Gap | calibration error |', '| --- | --- | --- | --- | --- | --- |']
     for part, a in c['accuracy'].items():
         gap, ece = ('undefined' if a[k] is None else f'{a[k]:.3f}' for k in ('confidence_gap', 'calibration_error'))
-        lines += ['', f'### {part}', '', f"{a['n']:,} tracks: {_percent(a['rr'], a['rr_interval'])} % exact (95 % interval), CER {100*a['cer']:.1f} %; "
-                  f"Confidence Gap {gap}, expected calibration error {ece}.", '', '| | tracks | exact, % (95 % interval) |', '| --- | --- | --- |']
-        groups = [(f'{h} px', v) for h, v in a['by_height'].items()] + [(k or 'no layout', v) for k, v in a['by_layout'].items()]
-        lines += [f"| {name} | {v['n']:,} | {_percent(v['rr'], v['interval'])} |" for name, v in groups]
+        lines.append(f"| {part} | {a['n']:,} | {_percent(a['rr'], a['rr_interval'])} | {100*a['cer']:.1f} | {gap} | {ece} |")
+    lines += ['', 'By height and layout, where there are several:', '', '| | | tracks | exact, % (95 % interval) |', '| --- | --- | --- | --- |']
+    for part, a in c['accuracy'].items():
+        groups = [(f'{name} px' if by == 'by_height' else name or 'no layout', v) for by in ('by_height', 'by_layout') if len(a[by]) > 1 for name, v in a[by].items()]
+        lines += [f"| {part} | {name} | {v['n']:,} | {_percent(v['rr'], v['interval'])} |" for name, v in groups]
     return '\n'.join([*lines, '', '## Limits', '', *(f'- {x}' for x in c['limits']), ''])
 
 def write_card(folder:str|Path,
