@@ -130,7 +130,7 @@ class Shown:
         self.box.locator(f'button:text-is("{text}")').click()
         return self.changed(before)
 
-TRACKS = [('plate', 2), ('motion', 15), ('angle', 6), ('height', 14), *((k, 3) for k in ('blur', 'contrast', 'sharpen', 'radius', 'noise', 'exposure', 'haze', 'night', 'rain', 'glare')), ('quality', -6), ('scenario', 2), ('layout', 1), ('part', 2)]
+TRACKS = [('plate', 2), ('motion', 15), ('angle', 6), ('height', 14), *((k, 3) for k in ('blur', 'contrast', 'sharpen', 'radius', 'noise', 'exposure', 'haze', 'night', 'rain', 'glare', 'bloom')), ('quality', -6), ('scenario', 2), ('layout', 1), ('part', 2)]
 ALIGNMENT = [('plate', 1), ('measure', 2), ('channel', 3), ('tap', 1), ('part', 1), ('student', 1)]
 RUNS = [('runs', [0, 1, 2]), ('terms', [0, 1]), ('show', 2), ('smooth', 3), ('a panel for each', 1)]
 

@@ -41,6 +41,7 @@ def words(fig): return ' '.join(t.get_text() for t in fig.texts)
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+    plt.close('all') # what other tests of this process left
     with matplotlib.rc_context(explore.LOOK): yield
     assert not plt.get_fignums(), 'explorers leave no figure open'
     plt.close('all')
