@@ -104,7 +104,6 @@ class Work:
         try: run_notebook(self.notebook, folder, job.params)
         except Stopped as e: return 'stopped', str(e)
         except Exception as e: return why(e, folder), ' '.join(f'{"" if isinstance(e, KdocrError) else type(e).__name__ + ": "}{e}'.split())
-        if not job.trains: write_json(folder/'status.json', {**status(folder), 'state': 'finished'})
         return ('finished', '') if finished(folder, job.trains) else ('failed', f'{self.notebook.name} ran to its end and left no scores.json')
 
     def settle(self):
