@@ -176,7 +176,7 @@ def _torch(path, device, threads) -> Network:
 
 # %% ../nbs/60_reader.ipynb #000f
 def _onnx(path, device, threads) -> Network:
-    if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', str(device)): raise KdocrError(f'device {device!r}{nearest(device, ("auto", "cpu", "cuda"))}')
+    if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', str(device)): raise KdocrError(f'device {device!r}; known: auto, cpu, cuda')
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, threads or int(n if (n := os.environ.get('OMP_NUM_THREADS', '')).isdigit() else 0)
