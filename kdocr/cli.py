@@ -217,9 +217,9 @@ def parser() -> argparse.ArgumentParser:
     command(check_submission, 'tell what is wrong with a submission; exit status 1 if something is, each fault on a line',
         arg('zip', type=Path, metavar='ZIP'), arg('folder', type=Path, metavar='TESTDIR', help='the tracks that it must name'))
     command(export, 'write a checkpoint as ONNX, and compare both on validation pictures: it reads without torch',
-        arg('ckpt', type=Path, metavar='CKPT', help='a checkpoint, as training writes it'),
+        arg('ckpt', type=Path, metavar='CKPT', help='a checkpoint, as training writes it, or a run folder'),
         arg('--out', type=Path, metavar='FILE', help='(default: beside the checkpoint, .onnx)'),
-        arg('--half', action='store_true', help='store large tables of weights in 16 bits: half the size, and probabilities within 0.02 instead of 0.0001'),
+        arg('--half', action='store_true', help='store large tables of weights in 16 bits: half the size, and probabilities within 0.02 instead of 0.0001, so that a near tie may be read otherwise'),
         arg('--data', type=Path, metavar='DATA', help='tracks to compare on (default: those of the checkpoint\'s run, else drawn plates)'))
     command(card, 'what a finished run says of its reader: data, recipe, accuracy by height with intervals, limits; as JSON and Markdown',
         arg('run', type=Path, metavar='RUN', help='a run folder'), arg('--out', type=Path, metavar='DIR', help='where card.json and card.md go (default: RUN)'),

@@ -406,7 +406,7 @@ def plate_strips(hr, lr, s:Tensor, t:Tensor, yard:Yardstick, measure:str, values
     "The plate, both networks in the teacher's colours, and the measure under them."
     strips = [Strip('HR', hr), Strip('LR', lr), Strip('teacher', yard.paint(t)[0], 'colours')] + ([Strip('student', yard.paint(s)[0], 'colours')] if s.shape == t.shape else [])
     kind = LOOKS[measure]
-    name = {'channel': f', ch. {channel}', 'attention map': ', attention'}.get(measure, '')
+    name = {'channel': f', ch. {channel}', 'attention map': ', att.'}.get(measure, '')
     return strips + ([Strip(measure if len(values) == 1 else k + name, x[0], kind, f'{x.mean():.2f}' if len(values) == 1 else '') for k, x in values.items()] if kind else [])
 
 def draw_steps(ax, values:dict, sample:dict, tap:str, ylabel:str) -> None: # reader -> (1,t), reader -> (n,t)

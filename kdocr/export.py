@@ -150,7 +150,7 @@ def _batches(tracks, kind, ckpt, most:int) -> Iterator[Tensor]: # what the model
         yield x[:, :ckpt['frames']] if ckpt['frames'] > 1 else x
 
 # %% ../nbs/62_export.ipynb #5d9d02b5
-def export(path:str|Path,          # a checkpoint
+def export(path:str|Path,          # a checkpoint, or a run folder for its best one
            out:str|Path|None=None, # the ONNX file; None: beside the checkpoint, .onnx
            half:bool=False,        # 16-bit weights
            data:str|Path|None=None,# tracks to compare on; None: those of the checkpoint's run, else drawn plates
@@ -158,6 +158,7 @@ def export(path:str|Path,          # a checkpoint
           ) -> Path:
     "Write and compare. Raises `KdocrError` for what is no checkpoint, and where the two do not read the same; nothing is then left."
     path, allowed = Path(path), .02 if half else 1e-4
+    if path.is_dir(): path = path/'checkpoints'/'best.pth'
     ckpt = load_checkpoint(path)
     model, charset, out = model_of(ckpt, path), Charset(ckpt['charset']), Path(out or path.with_suffix('.onnx'))
     with tempfile.TemporaryDirectory() as place:
@@ -167,8 +168,8 @@ def export(path:str|Path,          # a checkpoint
         raw = (halved(graph) if half else graph).SerializeToString()
         found = compare_graph(model, raw, charset, _batches(tracks, kind, ckpt, most))
     if not found.readings: raise KdocrError(f'{where}: none of its tracks can be read; name others with --data')
-    if found.same < found.readings or not found.apart <= allowed:
-        raise KdocrError(f'{out}: not written, it does not read as {path} does on {where}: {found}; asked are all strings and {allowed}')
+    if found.same < found.readings and not half or not found.apart <= allowed: # 16 bits turn a reading where two are all but equal
+        raise KdocrError(f'{out}: not written, it does not read as {path} does on {where}: {found}; asked are {"" if half else "all strings and "}probabilities within {allowed}')
     with on_disk(out), atomic_write(out) as tmp: tmp.write_bytes(raw)
     print(f'{out}: {out.stat().st_size / 1e6:.2f} MB; on {where}: {found}')
     return out

@@ -322,7 +322,7 @@ def index(root:str|Path,
     "Find the tracks under `root`, or in a CSV. Raises `KdocrError` where there is neither, or no track in it."
     root = Path(root)
     if root.is_file() and root.suffix.lower() == '.csv': return _listed(root)
-    if not root.is_dir(): raise KdocrError(f'{root}: {"neither a folder nor a .csv file" if root.exists() else "no such folder"}')
+    if not root.is_dir(): raise KdocrError(f'{root}: {"neither a folder nor a .csv file" if root.exists() else "no such file" if root.suffix.lower() == ".csv" else "no such folder"}')
     parts, faults, seen, asked, first, top = {'train': [], 'test': []}, [], [], [], {}, root.resolve().name
     walk = list(_walk(str(root), faults))
     if not walk: raise KdocrError(f'{root}: no tracks in it (expected train/Scenario-*/*/track_*/lr-001.* or test/track_*/lr-001.*)')

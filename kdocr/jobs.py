@@ -426,6 +426,7 @@ def run_jobs(jobs:list[Job],
              **ask                # of SLURM: time, mem, partition, gpus, threads
             ) -> dict[str, Row]:  # how each of them ended
     "Run what is not finished. Raises `Stopped` after a signal, `Full` where the disk is, and without `go_on` `KdocrError` where a job failed; jobs then stop with their checkpoints saved."
+    if cores is not None and cores < 1: raise KdocrError(f'cores {cores}: at least 1 is needed') # nobody would ever come to the queue's head
     out, notebook = Path(out).absolute(), notebook_path(notebook)
     gpus = [] if all(j.params.get('device') == 'cpu' for j in jobs) else machine_gpus()
     with _room(out), _mark(out/'.sweep') as mark, stop_signals() as asked:

@@ -53,8 +53,9 @@ def notebook_path(name:str|Path # a path, or the name of a shipped notebook with
 KINDS = {'int': int, 'float': float, 'bool': bool, 'str': str, 'Path': Path, 'list': list[str], 'list[str]': list[str], 'list[Path]': list[Path]}
 
 def parameters(notebook:str|Path) -> dict[str, dict]: # name -> type (or None), default and help, as papermill tells them
-    "The parameters that a notebook declares."
-    return papermill.inspect_notebook(str(notebook))
+    "The parameters that a notebook declares. Raises `KdocrError` for another file."
+    try: return papermill.inspect_notebook(str(notebook))
+    except (ValueError, KeyError, AttributeError, nbformat.ValidationError): raise KdocrError(f'{notebook}: no Jupyter notebook') from None
 
 def _kind(name, declared):
     if name in Config.model_fields: return Annotated[(Config.model_fields[name].annotation, Config.model_fields[name])]

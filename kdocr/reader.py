@@ -176,6 +176,7 @@ def _torch(path, device, threads) -> Network:
 
 # %% ../nbs/60_reader.ipynb #000f
 def _onnx(path, device, threads) -> Network:
+    if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', str(device)): raise KdocrError(f'device {device!r}; known: auto, cpu, cuda')
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, threads or int(n if (n := os.environ.get('OMP_NUM_THREADS', '')).isdigit() else 0)
@@ -263,6 +264,7 @@ class _Settled:
         if decoder not in DECODERS: raise KdocrError(f'decoder {decoder!r}{nearest(decoder, DECODERS)}')
         if frames not in ways: raise KdocrError(f'frames {frames!r}{nearest(frames, ways)}')
         if frames == 'attention' and not fuses: raise KdocrError(f'{self.net.path}: it was trained on single frames, its attention has never seen two; use frames sum or vote')
+        if decoder != 'constrained' and layout not in ('auto', 'free'): raise KdocrError(f'layout {layout!r}: the decoder {decoder} reads anything; use decoder constrained with it')
         if own is None: own = list(LAYOUTS) if set(DEFAULT_CHARS) <= set(self.charset.chars) else []
         if layout == 'auto': layout = '|'.join([own] if isinstance(own, str) else own) or 'free'
         if layout != 'free': grammar(layout, self.charset)
@@ -279,15 +281,18 @@ class _Joins(_Settled):
     def _each(self, plates): # log-probabilities of each plate's frames, (f,t,c)
         return np.split(log_softmax(self._run(np.concatenate(plates)[:, None])), np.cumsum([len(p) for p in plates])[:-1])
 
-    def _attention(self, plates, how) -> list[Reading]:
+    def log_probs(self, plates:list[np.ndarray], # (f,H,W,3) uint8 each, of the network's size
+                  frames:str                     # sum or attention
+                 ) -> np.ndarray:                # (b,t,c)
+        "What is said of each plate's frames together, calibrated."
+        if frames == 'sum': return np.stack([self._said(sum_frames(x), len(x)) for x in self._each(plates)])
         out = [None]*len(plates)
-        for f in {len(p) for p in plates}:
+        for f in {len(p) for p in plates}: # so many are seen at once
             at = [i for i, p in enumerate(plates) if len(p) == f]
-            for i, r in zip(at, self._decoded(self._said(self._run(np.stack([plates[i] for i in at])), f), how)): out[i] = r
-        return out
+            for i, lp in zip(at, self._said(self._run(np.stack([plates[i] for i in at])), f)): out[i] = lp
+        return np.stack(out)
 
-    def _sum(self, plates, how) -> list[Reading]:
-        return self._decoded(np.stack([self._said(sum_frames(x), len(x)) for x in self._each(plates)]), how)
+    def _together(self, plates, how) -> list[Reading]: return self._decoded(self.log_probs(plates, how.frames), how)
 
     def _vote(self, plates, how) -> list[Reading]:
         x, owner = self._said(np.concatenate(self._each(plates)), 1), np.repeat(np.arange(len(plates)), [len(p) for p in plates])
@@ -315,7 +320,7 @@ class Reader(_Joins):
     def _some(self, some:list[Item], how:How) -> list[Record]:
         seen = [self._look(i) for i in some]
         plates = [np.stack(x) for x, _ in seen if x]
-        said = iter(getattr(self, f'_{how.frames}')(plates, how) if plates else ())
+        said = iter((self._vote if how.frames == 'vote' else self._together)(plates, how) if plates else ())
         def filled(r): text, sure, chars = next(said); return replace(r, text=text, confidence=sure, char_confidence=chars, layout=layout_of(text) or '')
         return [filled(r) if x else r for x, r in seen]
 

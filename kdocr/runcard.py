@@ -26,7 +26,8 @@ def _data(run:RunFolder, cfg:Config, env:dict, ckpt:dict) -> dict:
 
 def _recipe(cfg:Config) -> dict: # what differs from the defaults, and what everybody asks for
     usual, asked = plain(Config()), ('mode', 'seed', 'steps' if cfg.steps else 'epochs', 'batch_size', 'lr', *(('student_init', 'distill_weight') if cfg.mode == 'student' else ()))
-    return {k: v for k, v in plain(cfg).items() if k not in (*FREE, 'charset') and (k in asked or v != usual[k])}
+    drawing = ('synth_tracks', 'synth_test') if cfg.data else () # nothing was drawn by the run
+    return {k: v for k, v in plain(cfg).items() if k not in (*FREE, 'charset', *drawing) and (k in asked or v != usual[k])}
 
 # %% ../nbs/63_runcard.ipynb #eed3d562
 def _measured(preds:list[Prediction]) -> dict:
@@ -64,8 +65,8 @@ def run_card(folder:str|Path,                       # of a finished run
     parts = {part: run.predictions(part) for part in ('val', 'test') if part in scores} | (also or {})
     card = dict(name=cfg.name, model=model, data=_data(run, cfg, env, ckpt), recipe=_recipe(cfg),
                 training=dict(step=scores['step'], steps=scores['steps'], seconds=round(scores['seconds']), **made), accuracy={k: _measured(p) for k, p in parts.items()})
-    sees = 'HR' if cfg.mode == 'teacher' else 'LR'
-    reads = f"val: {sees} frames, test: LR frames; {cfg.eval_frames} of a track, read one by one and joined by the sum of their log-probabilities" if cfg.frames == 1 else f'val: {sees} frames, test: LR frames; {cfg.frames} of a track at once'
+    sees = f"val: {'HR' if cfg.mode == 'teacher' else 'LR'} frames" + ', test: LR frames' * ('test' in parts)
+    reads = f'{sees}; {cfg.eval_frames} of a track, read one by one and joined by the sum of their log-probabilities' if cfg.frames == 1 else f'{sees}; {cfg.frames} of a track at once'
     return dict(card, reading=reads, limits=_limits(card))
 
 # %% ../nbs/63_runcard.ipynb #ee5fe9e4
@@ -87,10 +88,9 @@ def card_text(c:dict) -> str: # Markdown
     for part, a in c['accuracy'].items():
         gap, ece = ('undefined' if a[k] is None else f'{a[k]:.3f}' for k in ('confidence_gap', 'calibration_error'))
         lines.append(f"| {part} | {a['n']:,} | {_percent(a['rr'], a['rr_interval'])} | {100*a['cer']:.1f} | {gap} | {ece} |")
-    lines += ['', 'By height and layout, where there are several:', '', '| | | tracks | exact, % (95 % interval) |', '| --- | --- | --- | --- |']
-    for part, a in c['accuracy'].items():
-        groups = [(f'{name} px' if by == 'by_height' else name or 'no layout', v) for by in ('by_height', 'by_layout') if len(a[by]) > 1 for name, v in a[by].items()]
-        lines += [f"| {part} | {name} | {v['n']:,} | {_percent(v['rr'], v['interval'])} |" for name, v in groups]
+    rows = [f"| {part} | {f'{name} px' if by == 'by_height' else name or 'no layout'} | {v['n']:,} | {_percent(v['rr'], v['interval'])} |"
+            for part, a in c['accuracy'].items() for by in ('by_height', 'by_layout') if len(a[by]) > 1 for name, v in a[by].items()]
+    if rows: lines += ['', 'By height and layout, where there are several:', '', '| | | tracks | exact, % (95 % interval) |', '| --- | --- | --- | --- |', *rows]
     return '\n'.join([*lines, '', '## Limits', '', *(f'- {x}' for x in c['limits']), ''])
 
 def write_card(folder:str|Path,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from .core import KdocrError, atomic_write, progress
 from .charset import DEFAULT_CHARS, LAYOUTS, layout_of
-from .decode import Reading, constrained, log_softmax, sum_frames, weigh
+from .decode import Reading, constrained, log_softmax, weigh
 from .metrics import Prediction, confidence_gap, recognition_rate, wilson
 from .icpr import FRAMES, Track, index
 from .pack import fit
@@ -107,15 +107,7 @@ def _frames(track:Track) -> tuple[list[np.ndarray], str]: # what can be read of 
     return good, f'{track.folder}: {len(good) or "none"} of {FRAMES} frames can be read ({"; ".join(bad + missing)})' if bad + missing else ''
 
 def _log_probs(r:Reader, tracks:list[list[np.ndarray]]) -> np.ndarray: # (b,t,c) of each track's frames together, calibrated
-    x = [np.stack([fit(p, r.about['height'], r.about['width']) for p in t]).transpose(0, 3, 1, 2)/np.float32(127.5) - 1 for t in tracks] # (f,3,H,W) each
-    if r.about['frames'] == 1:
-        each = np.split(log_softmax(r.net.run(np.concatenate(x)[:, None])), np.cumsum([len(t) for t in x])[:-1])
-        return np.stack([log_softmax(sum_frames(lp)/r.temperature(len(lp))) for lp in each])
-    out = [None]*len(x)
-    for f in {len(t) for t in x}: # a network that fuses sees so many at once
-        at = [i for i, t in enumerate(x) if len(t) == f]
-        for i, lp in zip(at, log_softmax(r.net.run(np.stack([x[i] for i in at]))/r.temperature(f))): out[i] = lp
-    return np.stack(out)
+    return r.log_probs([np.stack([fit(p, r.about['height'], r.about['width']) for p in t]) for t in tracks], r.settle().frames)
 
 def read_together(readers:list[Reader], tracks:list[list[np.ndarray]]) -> list[Reading]: # frames (h,w,3) uint8 RGB of each track
     "The most probable plates by the mean of the readers' log-probabilities."

@@ -50,6 +50,13 @@ class Sweep(NamedTuple):
     notebook: Path
     arms: bool           # whether it is an experiment with controls
 
+def _mappings(plan, where): # what must be one, and is not
+    for k in ('base', 'teachers', 'arms'):
+        if not isinstance(plan.get(k) or {}, dict): raise KdocrError(f'{where}: {k}: a mapping, not {plan[k]!r}')
+    for k in ('teachers', 'arms'):
+        for name, own in (plan.get(k) or {}).items():
+            if not isinstance(own or {}, dict): raise KdocrError(f'{where}: {k}, {name}: a mapping, not {own!r}')
+
 def _entries(plan, where): # name -> what is its own
     given = [k for k in ('arms', 'grid', 'list') if plan.get(k)]
     if not given: raise KdocrError(f'{where}: no arms, no grid and no list')
@@ -80,6 +87,7 @@ def make_sweep(plan:dict,            # as the file has it
     "`load_sweep` of what has been read already."
     for k in plan:
         if k not in _TOP: raise KdocrError(f'{where}: unknown key {k!r}{nearest(k, _TOP)}')
+    _mappings(plan, where)
     entries, teachers, seeds, out = _entries(plan, where), plan.get('teachers') or {}, plan.get('seeds', [0, 1, 2] if plan.get('arms') else None), Path(plan.get('out', 'results'))
     if seeds is not None and not (isinstance(seeds, list) and seeds and len({repr(s) for s in seeds}) == len(seeds)): raise KdocrError(f'{where}: seeds: a list of different numbers, not {seeds!r}')
     notebook = notebook_path(next((p for p in [here/str(plan.get('notebook'))] if p.is_file()), plan.get('notebook', 'train_kd')))
@@ -110,7 +118,7 @@ class _Form(NamedTuple): # makes jobs of entries
         if seed is not None: p['seed'] = seed
         teacher = p.pop('teacher', None) if self.whole else None
         if teacher is None: return self.job(p, p['name'])
-        if teacher not in self.teachers: raise KdocrError(f'{self.where}, {name}: no teacher {teacher!r}{nearest(teacher, self.teachers)}')
+        if teacher not in self.teachers: raise KdocrError(f'{self.where}, {name}: no teacher {teacher!r}{nearest(teacher, self.teachers) if self.teachers else ": the file has no teachers"}')
         return self.job({**p, 'teacher_checkpoint': str(self.out/f'{teacher}_best.pth')}, p['name'], teacher)
 
     def job(self, params, name, needs=None):
@@ -161,6 +169,7 @@ def sweep(plan:Sweep,
           **ask                 # of SLURM: time, mem, partition, gpus, threads
          ) -> dict[str, Row]:   # how each run ended
     "Make all runs that are not finished. Raises `Stopped` after a signal, `Full` where the disk is."
+    if cores is not None and cores < 0: raise KdocrError(f'cores {cores}: 1 or more, or 0 for one after the other in this process')
     check_folders(plan)
     if Config.model_fields.keys() <= parameters(plan.notebook).keys():
         for cfg in {(j.params.get('data'), j.params.get('mode')): make_config(j.params) for j in plan.jobs if j.needs is None}.values(): open_data(cfg) # drawn and packed once, before many ask for it

@@ -1,5 +1,6 @@
 """One ONNX file: open in batch and frames, said to be the same reader only where it is."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from kdocr.charset import Charset
 from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
-from kdocr.export import about, compare_graph, data_of, export, halved, run_of, session, to_onnx
+from kdocr.export import Comparison, about, compare_graph, data_of, export, halved, run_of, session, to_onnx
 from kdocr.restran import make_model
 from kdocr.run import describe, save_checkpoint
 from training import drawn
@@ -112,6 +113,20 @@ def test_another_charset_several_frames_and_half(tmp_path, capsys):
     assert (told['charset'], told['frames'], told['width'], told['layouts']) == (CHARS, 3, 96, [])
     assert s.run(None, {'images': np.zeros((2, 4, 3, 32, 96), np.float32)})[0].shape == (2, 12, 5)
     assert (tmp_path/'half.onnx').stat().st_size < .75e6
+
+
+def test_16_bits_may_turn_a_near_tie_and_say_so(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, 'compare_graph', lambda *a: Comparison(10, 9, 5e-5, (1,)))
+    def asked(*more): return main(['export', str(tiny[0]), '--out', str(tmp_path/'o.onnx'), '--data', drawn(), *more])
+    assert asked() == 2 and 'asked are all strings' in capsys.readouterr().err and not (tmp_path/'o.onnx').exists()
+    assert asked('--half') == 0 and '9 of 10 strings the same' in capsys.readouterr().out and (tmp_path/'o.onnx').exists()
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint(tiny, tmp_path, capsys):
+    (tmp_path/'run'/'checkpoints').mkdir(parents=True)
+    shutil.copy(tiny[0], tmp_path/'run'/'checkpoints'/'best.pth')
+    assert main(['export', str(tmp_path/'run'), '--data', drawn()]) == 0 and (tmp_path/'run'/'checkpoints'/'best.onnx').exists()
+    assert main(['export', str(tmp_path)]) == 2 and 'checkpoints/best.pth: no such checkpoint' in capsys.readouterr().err
 
 
 def test_half_keeps_what_16_bits_cannot_hold(tiny):

@@ -85,7 +85,7 @@ def test_pictures_are_rgb_and_of_both_formats(competition, tmp_path):
 
 # ---------------------------------------------------------------- what is broken
 def test_no_data(tmp_path):
-    for path, said in ((tmp_path/'nowhere', 'nowhere: no such folder'), (tmp_path, 'no tracks in it')):
+    for path, said in ((tmp_path/'nowhere', 'nowhere: no such folder'), (tmp_path/'nowhere.csv', 'nowhere.csv: no such file'), (tmp_path, 'no tracks in it')):
         with pytest.raises(KdocrError, match=said): index(path)
         with pytest.raises(KdocrError, match=str(path)): check(path)
     (tmp_path/'file').touch()

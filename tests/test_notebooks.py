@@ -39,6 +39,11 @@ def test_values_are_cast(notebook, given, name, value):
 def test_bad_parameters_are_named(notebook, name, given, said):
     with pytest.raises(KdocrError, match=said): check_parameters(notebook, {name: given})
 
+def test_what_is_no_notebook_is_said(tmp_path):
+    for name, text in (('a.ipynb', 'no JSON'), ('b.ipynb', '{}'), ('c.ipynb', '[1]'), ('d.ipynb', '')):
+        (tmp_path/name).write_text(text)
+        with pytest.raises(KdocrError, match=f'{name}: no Jupyter notebook$'): check_parameters(tmp_path/name, {})
+
 def test_values_arrive_and_the_notebook_is_kept(notebook, tmp_path):
     kept = run_notebook(notebook, tmp_path/'out {x}', {'lr': '1e-3', 'runs': 'a'})
     assert kept == tmp_path/'out {x}/n.ipynb' and outputs(kept) == [f"[0.001, None, None, 'random', ['{Path('a').absolute()}'], 3, False]\n"]

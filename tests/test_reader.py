@@ -356,7 +356,7 @@ def test_formats_agree(onnx_bars, tmp_path, capsys):
     assert main(['read', str(a), '--ckpt', str(onnx_bars), '--out', str(tmp_path/'x.jsonl')]) == 0 and json.loads((tmp_path/'x.jsonl').read_text())['text'] == TEXT
 
 @pytest.mark.parametrize('args, text', [(['--decoder', 'gredy'], "did you mean 'greedy'"), (['--frames', 'votes'], "did you mean 'vote'"), (['--format', 'json'], "did you mean 'jsonl'"), (['--layout', 'AAA0000'], "'A' is no place"),
-                                        (['--batch', '0'], 'at least 1'), (['--out', '/'], '/: a folder'), (['--out', '/proc/nowhere/x.csv'], '/proc/nowhere/x.csv'), (['--device', 'cuda'], 'cuda'), (['--frames', 'attention'], 'single frames')])
+                                        (['--batch', '0'], 'at least 1'), (['--out', '/'], '/: a folder'), (['--out', '/proc/nowhere/x.csv'], '/proc/nowhere/x.csv'), (['--device', 'cuda'], 'cuda'), (['--device', 'gpu'], "device 'gpu'; known: auto, cpu, cuda"), (['--decoder', 'greedy', '--layout', 'Mercosur'], "layout 'Mercosur': the decoder greedy reads anything"), (['--frames', 'attention'], 'single frames')])
 def test_a_wrong_setting_is_one_line_and_status_2(args, text, onnx_bars, tmp_path, capsys):
     save(tmp_path/'a.png')
     assert main(['read', str(tmp_path/'a.png'), '--ckpt', str(onnx_bars), *args]) == 2

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from kdocr.cli import main
-from kdocr.core import KdocrError, read_json
+from kdocr.core import KdocrError, read_json, write_json
 from kdocr.metrics import Prediction, wilson, write_predictions
 from kdocr.runcard import card_text, run_card, write_card
 from kdocr.train_kd import train_kd
@@ -53,7 +53,17 @@ def test_data_that_nobody_drew(run, tmp_path):
     assert c['data']['drawn'] is None and any('not known here' in x for x in c['limits']) and not any('drawn plates alone' in x for x in c['limits'])
     (tmp_path/'LRLPR-26').mkdir()
     c = run_card(tmp_path/'mine')
-    assert c['data']['source'] == 'tracks, LRLPR-26' and c['data']['drawn'] is False and not any('drawn' in x for x in c['limits'])
+    assert 'synth_tracks' not in c['recipe'] and c['data']['source'] == 'tracks, LRLPR-26' and c['data']['drawn'] is False and not any('drawn' in x for x in c['limits'])
+
+
+def test_no_empty_table_and_no_part_that_is_not_there(run, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path/'mine')
+    write_json(tmp_path/'mine'/'scores.json', {k: v for k, v in read_json(run/'scores.json').items() if k != 'test'})
+    c = run_card(tmp_path/'mine')
+    assert c['reading'].startswith('val: ') and 'test' not in c['reading']
+    alike = c | dict(accuracy={k: a | dict(by_height=dict([*a['by_height'].items()][:1]), by_layout=dict([*a['by_layout'].items()][:1])) for k, a in c['accuracy'].items()})
+    assert 'By height and layout' in card_text(c) and 'By height and layout' not in card_text(alike)
 
 
 def test_what_has_no_card(run, tmp_path):

@@ -13,7 +13,7 @@ from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.decode import log_softmax
-from kdocr.reader import Reader, picture
+from kdocr.reader import Network, Reader, picture
 from kdocr.restran import make_model
 from kdocr.run import describe, save_checkpoint
 from kdocr.submit import agree, asked_tracks, check_submission, line, read_together, submit, write_submission
@@ -140,15 +140,11 @@ def test_averaging_is_the_mean_of_log_probabilities(competition, tmp_path):
     tracks = frames_of(competition)
     assert [r[:2] for r in read_together([readers[0]] * 2, tracks)] == [(r.text, pytest.approx(r.confidence)) for r in read_together(readers[:1], tracks)]
 
-    class Says: # a reader that says what it is told
-        charset, about = Charset(), dict(height=32, width=128, frames=2)
-        def __init__(self, x): self.net = self; self.x = x
-        def run(self, images): return np.repeat(self.x, len(images), 0)
-        def temperature(self, frames): return 1.
+    def says(x): return Reader(Network(lambda images: np.repeat(x, len(images), 0), dict(charset=Charset().chars, height=32, width=128, frames=2), 'it says what it is told'))
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(1, 16, 37)).astype(np.float32) * 4 for _ in range(2))
-    both = Says(((log_softmax(a) + log_softmax(b)) / 2).astype(np.float32))
-    (got,), (want,), (other,) = (read_together(r, tracks[:1]) for r in ([Says(a), Says(b)], [both], [Says(a)]))
+    both = says(((log_softmax(a) + log_softmax(b)) / 2).astype(np.float32))
+    (got,), (want,), (other,) = (read_together(r, tracks[:1]) for r in ([says(a), says(b)], [both], [says(a)]))
     assert got.text == want.text and got.confidence == pytest.approx(want.confidence, rel=1e-4)
     assert got.text != other.text or got.confidence != pytest.approx(other.confidence, rel=1e-2)
 

@@ -70,7 +70,8 @@ def test_a_grid_and_a_list_are_named_by_what_differs(tmp_path):
 @pytest.mark.parametrize('plan,says', [
     (dict(), 'no arms, no grid and no list'), (dict(grid=dict(lr=[1]), list=[{}]), 'grid and list: give one of them'), (dict(grid=dict(lr=.1)), 'grid, lr: a list of values, not 0.1'),
     (dict(grid=[.1]), 'grid: a mapping'), (dict(list=dict(lr=.1)), 'list: a list of mappings'), (dict(list=[3]), 'list, entry 1: a mapping, not 3'), (dict(list=[dict(lr=.1)] * 2), "stands there twice"),
-    (dict(grid=dict(lrr=[.1])), "unknown key 'lrr'"), (dict(notebook='train_kdd', grid=dict(lr=[.1])), "notebook train_kdd: no such file: did you mean 'train_kd'?"),
+    (dict(grid=dict(lrr=[.1])), "unknown key 'lrr'"), (dict(base=5, grid=dict(lr=[.1])), 'plan.yaml: base: a mapping, not 5'), (dict(teachers=['a'], grid=dict(lr=[.1])), "teachers: a mapping, not ['a']"),
+    (dict(arms=dict(b=3)), 'arms, b: a mapping, not 3'), (dict(base=dict(teacher='hr'), grid=dict(lr=[.1])), "no teacher 'hr': the file has no teachers"), (dict(notebook='train_kdd', grid=dict(lr=[.1])), "notebook train_kdd: no such file: did you mean 'train_kd'?"),
     (dict(notebook='errors', grid=dict(run=['a'])), "no parameter 'run': did you mean 'runs'?"), (dict(grid=dict(lr=['fast'])), 'lr: Input should be a valid number'),
     (dict(teachers=dict(hr={}), list=[dict(name='hr')]), 'two runs would be called hr'), (dict(grid=dict(distill_terms=['logits:kll'])), "no term 'kll'")])
 def test_a_grid_or_list_that_is_wrong_is_refused(plan, says):
@@ -81,6 +82,7 @@ def test_a_grid_or_list_that_is_wrong_is_refused(plan, says):
 def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys):
     assert main(['sweep', str(tmp_path/'none.yaml')]) == 2 and 'none.yaml: No such file' in capsys.readouterr().err
     file = write(tmp_path)
+    assert main(['sweep', str(file), '--cores', '-1']) == 2 and 'cores -1: 1 or more' in capsys.readouterr().err
     assert main(['sweep', str(file), '--mem', '4']) == 2 and '--mem: a local sweep asks for nothing' in capsys.readouterr().err
 
 
