@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['synth', 'check', 'pack', 'demo', 'report', 'read', 'compare', 'sweep', 'run', 'runs', 'bench', 'submit',
-           'check_submission', 'card', 'export', 'seconds', 'Parser', 'parser', 'main']
+           'check_submission', 'card', 'export', 'seconds', 'count', 'Parser', 'parser', 'main']
 
 # %% ../nbs/69_cli.ipynb #0002
 import argparse, json, os, sys
@@ -130,6 +130,12 @@ def seconds(text:str) -> float:
     if not 0 < s < float('inf'): raise ValueError
     return s
 
+def count(text:str) -> int:
+    "How many of something, on the command line."
+    n = int(text)
+    if n < 0: raise ValueError
+    return n
+
 class Parser(argparse.ArgumentParser):
     "argparse, with an error that is one line."
     def error(self, message): raise KdocrError(f'{message} (see: {self.prog} --help)')
@@ -150,22 +156,22 @@ def parser() -> argparse.ArgumentParser:
         arg('--data', type=Path, metavar='DATA', help='real tracks in the competition\'s layout, or a CSV of hr,lr,text, instead of drawn ones'),
         arg('--charset', metavar='CHARS', help='the characters of other texts, or a .txt file with them (default: digits and capital letters)'),
         arg('--quick', action='store_true', help='tiny, under 90 seconds: shows that everything works, its figures mean little'),
-        arg('--cores', type=int, default=os.cpu_count(), metavar='N', help='trainings at a time, one thread each (default: %(default)s)'))
+        arg('--cores', type=count, default=os.cpu_count(), metavar='N', help='trainings at a time, one thread each (default: %(default)s)'))
     command(synth, "draw plates in the competition's layout",
-        arg('folder', type=Path, metavar='DIR'), arg('--tracks', type=int, default=1000, metavar='N', help='to train on (default: 1000)'),
-        arg('--test', type=int, default=300, metavar='M', help='held out, with unseen texts (default: 300)'), arg('--seed', type=int, default=0, metavar='S'),
+        arg('folder', type=Path, metavar='DIR'), arg('--tracks', type=count, default=1000, metavar='N', help='to train on (default: 1000)'),
+        arg('--test', type=count, default=300, metavar='M', help='held out, with unseen texts (default: 300)'), arg('--seed', type=int, default=0, metavar='S'),
         arg('--fonts', type=Path, metavar='DIR', help='a folder of .ttf files to draw with, instead of the shipped ones'),
         arg('--variety', type=float, default=0.3, metavar='V', help='0 to 1: 0.3 for small models and short runs, 1 for models that must read photographs (default: 0.3)'),
-        arg('--workers', type=int, metavar='N', help='processes; the files are the same for any number (default: one a core)'))
+        arg('--workers', type=count, metavar='N', help='processes; the files are the same for any number (default: one a core)'))
     command(check, 'tell what is in a folder of tracks, or in a CSV; exit status 1 if something is wrong, each fault named by its path',
         arg('folder', type=Path, metavar='DATA', help='a folder in the competition\'s layout, or a CSV of hr,lr,text or image,text'),
         arg('--charset', default=DEFAULT_CHARS, metavar='CHARS', help='the characters that texts may have, or a .txt file with them (default: digits and capital letters)'),
-        arg('--width', type=int, default=128, metavar='W', help='of the network\'s input, pixels; a text must fit its W/8 time steps (default: 128)'))
+        arg('--width', type=count, default=128, metavar='W', help='of the network\'s input, pixels; a text must fit its W/8 time steps (default: 128)'))
     command(pack, 'decode a folder of tracks, or what a CSV lists, once, beforehand; training does it by itself where nobody did',
         arg('folder', type=Path, metavar='DATA'), arg('out', type=Path, nargs='?', metavar='OUT', help='where the arrays go (default: DATA/.kdocr, where training looks)'),
-        arg('--height', type=int, default=32, metavar='H', help='pixels (default: 32)'), arg('--width', type=int, default=128, metavar='W', help='pixels (default: 128)'),
-        arg('--views', type=int, default=0, metavar='N', help='degraded copies of each HR frame, for student_input degraded and mix (default: 0)'),
-        arg('--workers', type=int, metavar='N', help='processes; the arrays are the same for any number (default: one a core)'),
+        arg('--height', type=count, default=32, metavar='H', help='pixels (default: 32)'), arg('--width', type=count, default=128, metavar='W', help='pixels (default: 128)'),
+        arg('--views', type=count, default=0, metavar='N', help='degraded copies of each HR frame, for student_input degraded and mix (default: 0)'),
+        arg('--workers', type=count, metavar='N', help='processes; the arrays are the same for any number (default: one a core)'),
         arg('--skip-faulty', action='store_true', help='go on without the tracks that have a fault'))
     command(read, 'read plates: pictures, folders of them, tracks of frames; exit status 1 if something could not be read, each named',
         arg('paths', nargs='+', type=Path, metavar='PATH', help='a picture, a folder with lr-001.png ... (one track), or a folder of all these'),
@@ -175,10 +181,10 @@ def parser() -> argparse.ArgumentParser:
         arg('--frames', default='auto', metavar='NAME', help='how frames of a track are joined: sum, vote or attention (default: attention where the reader was trained to, else sum)'),
         arg('--format', default='', metavar='NAME', help='table, jsonl or csv (default: what the suffix of --out says, else table)'),
         arg('--out', type=Path, metavar='FILE', help='(default: standard output)'),
-        arg('--batch', type=int, default=64, metavar='N', help='plates in memory at a time (default: 64)'),
+        arg('--batch', type=count, default=64, metavar='N', help='plates in memory at a time (default: 64)'),
         arg('--device', default='auto', metavar='DEVICE', help='auto, cpu or cuda (default: auto)'))
     command(run, 'run a notebook headless; it is kept in the run folder, also on failure',
-        arg('notebook', metavar='NOTEBOOK', help='a path, or the name of a shipped one: train_kd, sweep, ablate_taps, reader; explore, feature_alignment, loss_curves, errors, recipes, frames, peers, photographs, benchmark'),
+        arg('notebook', metavar='NOTEBOOK', help='a path, or the name of a shipped one: train_kd, sweep, ablate_taps, reader; explore, feature_alignment, loss_curves, errors, recipes, frames, peers, benchmark'),
         arg('-p', nargs=2, action='append', default=[], metavar=('KEY', 'VALUE'), help='set a parameter; give it again for the next one'),
         arg('--timeout', type=seconds, metavar='SECONDS', help='interrupt it after that long, as Ctrl-C does; a training saves a checkpoint first'),
         arg('--parameters', action='store_true', help='only list the parameters and their defaults'),
@@ -199,11 +205,11 @@ def parser() -> argparse.ArgumentParser:
         arg('--control', default='', metavar='ARM', help='the arm that all distilled ones are compared with; it is refused where it differs in more than distillation (default: what each config names, else the arm that fits)'))
     command(sweep, 'make many runs from one file, several at a time: arms with their controls over seeds, a grid, or a list; the same command goes on where it stopped',
         arg('file', type=Path, metavar='FILE', help='YAML: out, base, and arms, grid or list (see nbs/57_sweep)'), arg('--list', action='store_true', help='only list the runs'),
-        arg('--cores', type=int, metavar='N', help='runs at a time (default: one a core, or one a GPU; in SLURM as many as it lets; 0: in turn, in this process)'),
-        arg('--retries', type=int, default=2, metavar='N', help='of a run that ended for a reason outside of its program: a dead kernel, a kill (default: 2)'),
+        arg('--cores', type=count, metavar='N', help='runs at a time (default: one a core, or one a GPU; in SLURM as many as it lets; 0: in turn, in this process)'),
+        arg('--retries', type=count, default=2, metavar='N', help='of a run that ended for a reason outside of its program: a dead kernel, a kill (default: 2)'),
         arg('--cluster', choices=('local', 'slurm'), default='local', help='where they run (default: local)'),
-        arg('--time', type=int, metavar='MINUTES', help='of each run in SLURM; one that needs longer goes on in a further job (default: a day)'), arg('--mem', type=float, metavar='GB', help='of each run in SLURM'),
-        arg('--partition', metavar='NAME', help='of SLURM'), arg('--gpus', type=int, metavar='N', help='for each run in SLURM'))
+        arg('--time', type=count, metavar='MINUTES', help='of each run in SLURM; one that needs longer goes on in a further job (default: a day)'), arg('--mem', type=float, metavar='GB', help='of each run in SLURM'),
+        arg('--partition', metavar='NAME', help='of SLURM'), arg('--gpus', type=count, metavar='N', help='for each run in SLURM'))
     command(bench, 'measure speed and memory on this machine, against a plain training over the files',
         arg('--out', type=Path, metavar='DIR', help='where bench.json, bench.png and bench.pdf go (default: bench, or bench_quick)'),
         arg('--quick', action='store_true', help='every measure in a small way: minutes, its figures mean little'),

@@ -347,9 +347,10 @@ def _lines(records, shape:str) -> Iterator[str]: # without their ends
     if shape == 'table': yield f'{"text":<9} {"sure":>6}  {"layout":<9} fr  path'
     if shape == 'csv': yield _csv(f.name for f in fields(Record))
     for r in records:
-        if shape == 'table': yield str(r)
-        elif shape == 'jsonl': yield json.dumps(asdict(r), ensure_ascii=False, allow_nan=False)
-        else: yield _csv(v if not isinstance(v, tuple) else ' '.join(f'{x:.4f}' for x in v) if k == 'char_confidence' else '; '.join(v) for k, v in asdict(r).items())
+        if shape == 'table': yield str(r); continue
+        row = asdict(replace(r, confidence=float(f'{r.confidence:.4g}'), char_confidence=tuple(round(x, 4) for x in r.char_confidence)))
+        if shape == 'jsonl': yield json.dumps(row, ensure_ascii=False, allow_nan=False)
+        else: yield _csv(v if not isinstance(v, tuple) else ' '.join(map(str, v)) if k == 'char_confidence' else '; '.join(v) for k, v in row.items())
 
 def _csv(values) -> str:
     out = io.StringIO()
