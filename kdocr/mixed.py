@@ -34,25 +34,27 @@ def _keep(path:Path, data:bytes):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp: tmp.write_bytes(data)
 
-def _far(crop, h, copy, c): # (H,W,3) uint8, as seen at that height
+def _far(crop, h, seen, c): # (H,W,3) uint8 at that height; seen: 0 without a camera, else its number
     low = shrunk(crop.picture, h)
-    if not copy or low is crop.picture: return low
-    return degrade(crop.picture, np_rng('mixed', crop.key, copy, h), low.shape[1::-1], conditions=c)
+    if not seen or low is crop.picture: return low
+    return degrade(crop.picture, np_rng('mixed', crop.key, seen, h), low.shape[1::-1], conditions=c)
 
 def crop_tracks(folder:Path,  # with labels.csv
                 store:Path,   # where the LR frames go
                 copies:int=1, # of each
+                camera:bool=False, # copies from the second on are seen by a camera; False: all are the same
                 heights:Sequence[int]=LOW) -> Iterator[Plate]:
     "Each crop as a track, so many times. Raises `KdocrError` as `labelled_folder` does."
     for (i, crop), copy in product(enumerate(labelled_folder(folder)), range(copies)): # a row's number names its files: a name may point anywhere
-        c, low = track_conditions(np_rng('mixed', crop.key, copy), variety=1.), [store/f'{i:05d}-{copy}-{h}.png' for h in heights]
-        for p, h in zip(low, heights): _keep(p, cv2.imencode('.png', _far(crop, h, copy, c)[..., ::-1])[1].tobytes())
+        seen = copy*camera
+        c, low = track_conditions(np_rng('mixed', crop.key, seen), variety=1.), [store/f'{i:05d}-{seen}-{h}.png' for h in heights]
+        for p, h in zip(low, heights): _keep(p, cv2.imencode('.png', _far(crop, h, seen, c)[..., ::-1])[1].tobytes())
         yield Plate(crop.key, copy, crop.text, crop.layout, [(folder/crop.key, p) for p in low])
 
 # %% ../nbs/65_mixed.ipynb #mix00008
-def _plates_of(folder:Path, store:Path, copies:int=1, heights=LOW) -> Iterator[Plate]:
+def _plates_of(folder:Path, store:Path, copies:int=1, camera:bool=False, heights=LOW) -> Iterator[Plate]:
     "The tracks of a folder with labels.csv, or of the training part of one in the competition's layout. Raises `KdocrError` where something is wrong with it."
-    if (folder/'labels.csv').is_file(): yield from crop_tracks(folder, store, copies, heights); return
+    if (folder/'labels.csv').is_file(): yield from crop_tracks(folder, store, copies, camera, heights); return
     found = index(folder)
     if found.faults: raise KdocrError(f'{folder}: {len(found.faults)} faults, the first: {found.faults[0]}; kdocr check shows them all')
     if not found.train: raise KdocrError(f'{folder}: no training tracks in it')
@@ -67,6 +69,7 @@ def mixed_csv(file:str|Path,                       # the CSV
               photographs:Sequence[str|Path],      # folders
               drawn:Sequence[str|Path]=(),         # folders
               copies:int=3,                        # how often a photographed track is listed; a drawn one once
+              camera:bool=False,                   # for copies of crops, as `crop_tracks` has it
               heights:Sequence[int]=LOW,           # of a crop's LR frames
               val_share:float=.05,                 # of the photographed plates
               seed:int=0) -> Path:                 # of the choice of those; the CSV
@@ -77,8 +80,8 @@ def mixed_csv(file:str|Path,                       # the CSV
     if copies < 1: raise KdocrError(f'copies: {copies}; at least 1 is needed')
     if len(heights) > FRAMES or min(heights, default=0) < 1: raise KdocrError(f'heights {tuple(heights)}: one to {FRAMES} of at least 1 px')
     for i, folder in enumerate([*photographs, *drawn]):
-        kind = 'photographed' if i < len(photographs) else 'drawn'
-        rows += [(kind, f'{i}/{p.key}' + f' ({p.copy + 1})'*(p.copy > 0), p) for p in _plates_of(Path(folder), file.with_suffix('.kdocr')/f'low-{i}', copies if kind == 'photographed' else 1, heights)]
+        kind, times, store = *(('photographed', copies) if i < len(photographs) else ('drawn', 1)), file.with_suffix('.kdocr')/f'low-{i}'
+        rows += [(kind, f'{i}/{p.key}' + f' ({p.copy + 1})'*(p.copy > 0), p) for p in _plates_of(Path(folder), store, times, camera, heights)]
     val, out = _validating([p.text for kind, _, p in rows if kind == 'photographed'], val_share, seed), io.StringIO()
     table = csv.writer(out, lineterminator='\n')
     table.writerow(['track', 'text', 'layout', 'scenario', 'split', 'hr', 'lr'])

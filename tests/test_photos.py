@@ -58,13 +58,16 @@ def test_everything_is_listed_where_it_lies(tmp_path, crops, drawn):
 
 
 def test_lr_frames_of_a_crop(tmp_path, crops):
-    plates = [p for p in crop_tracks(crops, tmp_path/'low', copies=3) if p.key == 'é 0.png']
+    same = [p for p in crop_tracks(crops, tmp_path/'low', copies=3) if p.key == 'é 0.png']
+    assert [p.copy for p in same] == [0, 1, 2] and same[0].frames == same[1].frames == same[2].frames, 'without a camera copies are the same files'
+    plates = [p for p in crop_tracks(crops, tmp_path/'low', copies=3, camera=True) if p.key == 'é 0.png']
+    assert plates[0].frames == same[0].frames
     near = read_image(crops/'é 0.png')
     low = [[read_image(f) for _, f in p.frames] for p in plates]
     assert [p.copy for p in plates] == [0, 1, 2] and [[x.shape[0] for x in each] for each in low] == [[*LOW]]*3
     for x, h in zip(low[0], LOW): assert np.array_equal(x, shrunk(near, h))
     assert all(not np.array_equal(a, b) for pair in ((0, 1), (1, 2)) for a, b in zip(low[pair[0]], low[pair[1]])), 'each copy has its own camera'
-    last = [p for p in crop_tracks(crops, tmp_path/'low', copies=2) if p.key == 'é 5.png']
+    last = [p for p in crop_tracks(crops, tmp_path/'low', copies=2, camera=True) if p.key == 'é 5.png']
     assert [[read_image(f).shape[0] for _, f in p.frames] for p in last] == [[18, 18, 16, 14, 12]]*2, 'never enlarged'
 
 
@@ -95,13 +98,13 @@ def test_the_trainer_obeys_the_list(tmp_path, crops, drawn):
 
 def test_the_same_again_changes_no_file(tmp_path, crops, drawn):
     def stamps(): return {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in tmp_path.rglob('*.*') if p.is_file()}
-    mixed_csv(tmp_path/'m.csv', [crops], [drawn])
+    mixed_csv(tmp_path/'m.csv', [crops], [drawn], camera=True)
     before = stamps()
-    mixed_csv(tmp_path/'m.csv', [crops], [drawn])
+    mixed_csv(tmp_path/'m.csv', [crops], [drawn], camera=True)
     assert stamps() == before and len(before) > 6*3*5
     low = tmp_path/'m.kdocr/low-0/00000-0-12.png'
     low.write_bytes(low.read_bytes()[:50])
-    mixed_csv(tmp_path/'m.csv', [crops], [drawn])
+    mixed_csv(tmp_path/'m.csv', [crops], [drawn], camera=True)
     assert read_image(low).shape[0] == 12, 'what was damaged is made anew'
 
 
