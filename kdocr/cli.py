@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
         arg('--batch', type=count, default=64, metavar='N', help='plates in memory at a time (default: 64)'),
         arg('--device', default='auto', metavar='DEVICE', help='auto, cpu or cuda (default: auto)'))
     command(run, 'run a notebook headless; it is kept in the run folder, also on failure',
-        arg('notebook', metavar='NOTEBOOK', help='a path, or the name of a shipped one: train_kd, sweep, ablate_taps, reader; explore, feature_alignment, loss_curves, errors, recipes, frames, peers, benchmark'),
+        arg('notebook', metavar='NOTEBOOK', help='a path, or the name of a shipped one: train_kd, sweep, ablate_taps, reader, photographs_reader; explore, feature_alignment, loss_curves, errors, recipes, frames, peers, unseen, benchmark'),
         arg('-p', nargs=2, action='append', default=[], metavar=('KEY', 'VALUE'), help='set a parameter; give it again for the next one'),
         arg('--timeout', type=seconds, metavar='SECONDS', help='interrupt it after that long, as Ctrl-C does; a training saves a checkpoint first'),
         arg('--parameters', action='store_true', help='only list the parameters and their defaults'),
