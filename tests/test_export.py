@@ -14,7 +14,8 @@ from kdocr.charset import Charset
 from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
-from kdocr.export import Comparison, about, compare_graph, data_of, export, halved, run_of, session, to_onnx
+from kdocr.reader import session
+from kdocr.export import Comparison, about, compare_graph, data_of, export, halved, run_of, to_onnx
 from kdocr.restran import make_model
 from kdocr.run import describe, save_checkpoint
 from training import drawn
