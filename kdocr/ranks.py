@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional # early: see `leave`
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -115,7 +116,7 @@ class Ranks(Means):
         return ranks
 
     def leave(self):
-        "Hang up."
+        "Hang up, and end the threads that carried the messages."
         if self.world > 1 and dist.is_initialized(): dist.destroy_process_group()
 
     def __enter__(self): return self
