@@ -24,7 +24,7 @@ from .data import to_input
 from .fast import folded
 from .ctc import greedy
 from .run import load_checkpoint, model_of, on_disk
-from .reader import session
+from .reader import session, weights_file
 
 # %% ../nbs/62_export.ipynb #73fe38ea
 class _Logits(nn.Module):
@@ -148,10 +148,12 @@ def export(path:str|Path,          # a checkpoint, or a run folder for its best 
            most:int=300,           # tracks to compare on, at most
           ) -> Path:
     "Write and compare. Raises `KdocrError` for what is no checkpoint, and where the two do not read the same; nothing is then left."
-    path, allowed = Path(path), .02 if half else 1e-4
-    if path.is_dir(): path = path/'checkpoints'/'best.pth'
+    path, allowed = weights_file(path), .02 if half else 1e-4
+    if path.suffix == '.onnx': raise KdocrError(f'{path}: an ONNX file already; export takes a checkpoint (.pth)')
+    out = Path(out or path.with_suffix('.onnx'))
+    if out.suffix != '.onnx' or out.is_dir(): raise KdocrError(f'{out}: {"a folder, where a file is to be written" if out.is_dir() else "what is written is an .onnx"}')
     ckpt = load_checkpoint(path)
-    model, charset, out = model_of(ckpt, path), Charset(ckpt['charset']), Path(out or path.with_suffix('.onnx'))
+    model, charset = model_of(ckpt, path), Charset(ckpt['charset'])
     with tempfile.TemporaryDirectory() as place:
         tracks, kind, where = _tracks(path, data and Path(data), place)
         graph = to_onnx(model, ckpt['frames'], ckpt['height'], ckpt['width'])
