@@ -400,8 +400,8 @@ def _lines(records, shape:str) -> Iterator[str]: # without their ends
 
 def _csv(values) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator='').writerow(list(values))
-    return out.getvalue()
+    csv.writer(out).writerow(values) # what it takes for an end of line, it puts between quotes: \r\n guards both
+    return out.getvalue().removesuffix('\r\n')
 
 # %% ../nbs/60_reader.ipynb #0021
 def _shape(asked:str, out:Path|None) -> str: # a name in `SHAPES`

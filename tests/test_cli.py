@@ -20,7 +20,7 @@ def test_help_of_each(command, capsys):
 @pytest.mark.parametrize('args, said', [
     ([], 'COMMAND'), (['dmeo'], "invalid choice: 'dmeo'"), (['demo', '--fast'], '--fast'), (['demo', '--cores', 'two'], 'two'),
     (['run', 'train_kdd'], "notebook train_kdd: no such file: did you mean 'train_kd'?"), (['run', 'train_kd', '-p', 'step', '9'], "no parameter 'step': did you mean 'steps'?"),
-    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere'), (['sweep', 'f.yaml', '--gpus', '-1'], '--gpus'), (['synth', 'd', '--tracks', '-5'], '--tracks'), (['compare'], 'RUN'), (['compare', '/nowhere'], '/nowhere: not a run folder')])
+    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere'), (['sweep', 'f.yaml', '--gpus', '-1'], '--gpus'), (['synth', 'd', '--tracks', '-5'], '--tracks'), (['check', ''], 'argument DATA: an empty path'), (['submit', ''], 'argument TESTDIR: an empty path'), (['export', 'x', '--data', ''], 'argument --data: an empty path'), (['compare'], 'RUN'), (['compare', '/nowhere'], '/nowhere: not a run folder')])
 def test_a_mistake_is_one_line_and_status_2(args, said, capfd):
     assert main(args) == 2
     out, err = capfd.readouterr()
