@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'Arch', 'ResTranOCR', 'ResTranOCR_Distill', 'make_model']
 
 # %% ../nbs/22_restran.ipynb #0002
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from .core import KdocrError, nearest
@@ -45,6 +45,7 @@ PRESETS = {
     'restran_tiny': Arch(widths=(24, 48, 72), depths=(1, 1, 1), strides=(1, 2, (2, 1)), stem=5, pool=True, refiner=1, fusion=32,
                          layers=2, heads=4, ff=144, norm_first=True, head=0, dropout=0., wavelengths=(2, 32), standardise=True),
 }
+PRESETS['restran_small'] = replace(PRESETS['restran_tiny'], widths=(24, 48, 96), strides=(1, 2, 2), pool=False, ff=192)
 
 # %% ../nbs/22_restran.ipynb #0009
 class ResTranOCR(nn.Module):

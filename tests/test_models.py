@@ -49,6 +49,8 @@ def test_other_heights(tiny, h): assert tiny(images(h=h))[0].shape == (2, 16, 37
 
 def test_other_charset(): assert make_model('restran_tiny', 12)(images())[0].shape == (2, 16, 12)
 
+def test_small_sees_more_and_says_as_much(): assert make_model('restran_small')(images())[0].shape == (2, 16, 37)
+
 # ---- taps
 
 @pytest.mark.parametrize('train', [False, True])
@@ -196,7 +198,7 @@ def test_refiner_and_backbone_widths():
     net = ResNet((8, 16), (1, 2), (1, (2, 1)), stem=3, pool=False)
     assert net(torch.zeros(1, 3, 32, 64)).shape == (1, 16, 8, 32)
 
-@pytest.mark.parametrize('name', ['restran_tiny', 'restran_stn'])
+@pytest.mark.parametrize('name', ['restran_tiny', 'restran_small', 'restran_stn'])
 def test_relu_in_place_changes_no_bit(name):
     "Neither of what the model says, nor of its gradients, nor of what it was given."
     model, x = make_model(name).train(), images(1)
