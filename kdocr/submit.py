@@ -128,7 +128,7 @@ def _frames(track:Track) -> tuple[list[np.ndarray], str]: # what can be read of 
     missing = [f'{FRAMES - len(track.lr)} missing'] * (len(track.lr) < FRAMES)
     return good, f'{track.folder}: {len(good) or "none"} of {FRAMES} frames can be read ({"; ".join(bad + missing)})' if bad + missing else ''
 
-def _log_probs(r:Reader, tracks:list[list[np.ndarray]]) -> np.ndarray: # (b,t,c) of each track's frames together, calibrated
+def _log_probs(r:Reader, tracks:list[list[np.ndarray]]) -> np.ndarray: # (b,t,c) of each track's frames together, calibrated; a submission has the time for all looks
     return r.log_probs([np.stack([fit(p, r.about['height'], r.about['width']) for p in t]) for t in tracks], r.settle().frames)
 
 def read_together(readers:list[Reader], tracks:list[list[np.ndarray]]) -> list[Reading]: # frames (h,w,3) uint8 RGB of each track

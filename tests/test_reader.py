@@ -252,9 +252,51 @@ def test_a_reading_is_a_plate_unless_asked_for():
     assert texts(r.read([flat(0), flat(1)], layout='free')) == ['12AB', ''] == texts(r.read([flat(0), flat(1)], decoder='greedy')) == texts(r.read([flat(0), flat(1)], 'beam'))
     assert r.read(flat(0), layout='DDLL|L')[0].text == '12AB' and r.read(flat(0), layout='free')[0].layout == ''
 
+# ---------------------------------------------------------------- a second look
+def ramp(v): # the first pixel tells how far a look is shifted: 0 lies at (4, 8)
+    x = np.full((32, 128, 3), v, np.uint8)
+    x[:, :, 1] += np.arange(128, dtype=np.uint8)[None]; x[:, :, 2] += np.arange(32, dtype=np.uint8)[:, None]
+    return x
+
+def counting(sure): # a network that is as sure as the first pixel's red says, and keeps what it saw
+    seen, run = [], said(*(('ABC1234', s) for s in sure))
+    return (lambda x: (seen.append(np.round((x[:, :, :, 4, 8] + 1)*127.5).astype(int)), run(x))[1]), seen
+
+def test_only_those_that_a_first_look_is_not_sure_of_are_looked_at_again():
+    run, seen = counting((30, 1))
+    net(run).read([ramp(0), ramp(1), ramp(0)])
+    first, *others = seen
+    assert first[:, 0].tolist() == [[0, 8, 4], [1, 9, 5], [0, 8, 4]]
+    assert [x[:, 0].tolist() for x in others] == [[[1, 9 + x, 5 + y]] for x, y in ((0, 0), (3, 0), (-3, 0), (0, 1), (0, -1))]
+    for again, looks in ((0, 1), (1, 6)):
+        run, seen = counting((30, 1))
+        net(run).read(ramp(0), again=again)
+        assert len(seen) == looks
+
+@pytest.mark.parametrize('frames', ['sum', 'vote', 'attention'])
+def test_a_second_look_is_the_mean_of_five(frames):
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, .02, (32*128*3, 16*37)).astype('f4')
+    def run(x): return (x.mean(1).reshape(len(x), -1) @ weights).reshape(-1, 16, 37)
+    r, track = net(run, frames=1 + 4*(frames == 'attention')), rng.integers(0, 255, (2, 32, 128, 3)).astype(np.uint8)
+    def by_hand(): # for sum and attention
+        looks = [np.stack([np.roll(f, (-y, -x), (0, 1)) for f in np.pad(track, ((0, 0), (8, 8), (8, 8), (0, 0)), 'edge')])[:, 8:-8, 8:-8] for x, y in R.LOOKS]
+        return [run((f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[:, None] if frames == 'sum' else (f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[None]) for f in looks]
+    def norm(x): return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    one, five = r.read([list(track)], frames=frames, again=0)[0], r.read([list(track)], frames=frames, again=1)[0]
+    assert one.text and five.text and one.confidence != five.confidence
+    assert r.read([list(track), flat(3)], frames=frames, again=1, batch=2)[0].text == five.text, 'whatever its neighbours'
+    if frames != 'vote':
+        x = norm(np.mean([norm(norm(y).mean(0)) for y in by_hand()], 0))
+        assert np.abs(r.log_probs([track], frames)[0] - x).max() < 1e-4
+
+def test_how_unsure_is_a_probability():
+    for p in (-.1, 1.1, 90, float('nan')):
+        with pytest.raises(KdocrError, match=f'again {p}: a probability'): READER.read(flat(0), again=p)
+
 def test_the_layout_is_the_networks_own():
-    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts='either').settle().layout == 'either' and net(read_bars, layouts=[]).settle() == ('beam', '', 'sum')
-    assert Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle() == ('beam', '', 'sum')
+    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts='either').settle().layout == 'either' and net(read_bars, layouts=[]).settle()[:3] == ('beam', '', 'sum')
+    assert Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle()[:3] == ('beam', '', 'sum')
     with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle(layout='either')
 
 def test_pictures_are_opened_a_batch_at_a_time(monkeypatch):
@@ -326,7 +368,7 @@ def test_it_reads_what_training_reads(weights):
     read = evaluate(model, data.test, CS, torch.device('cpu'), frames=5)
     def run(x):
         with torch.no_grad(): return model.forward_taps(torch.from_numpy(x)).logits.numpy()
-    records = Reader(Network(run, ABOUT, 'weights')).read(f'{drawn()}/test', decoder='greedy')
+    records = Reader(Network(run, ABOUT, 'weights')).read(f'{drawn()}/test', decoder='greedy', again=0) # one look, as in training
     assert {Path(r.path).name: r.text for r in records} == {p.key: p.pred for p in read} and any(p.pred for p in read)
 
 def test_training_leaves_temperatures(tmp_path):
