@@ -11,7 +11,7 @@ import torch
 from kdocr.config import load_config
 from kdocr.core import KdocrError
 from kdocr.data import open_data
-from kdocr.heights import labelled_folder, shrunk
+from kdocr.heights import WAYS, labelled_folder, shrunk
 from kdocr.icpr import check, index, make_split, read_image
 from kdocr.mixed import LOW, crop_tracks, mixed_csv
 from kdocr.notebooks import run_notebook
@@ -144,7 +144,7 @@ def test_the_run_notebook_small(tmp_path, crops):
     said = ' '.join(str(o.get('text', '')) for c in nbformat.read(kept, 4).cells if c.cell_type == 'code' for o in c.outputs)
     assert 'photographed    18' in said and 'drawn            8' in said and 'stand in' not in said
     with open(tmp_path/'out/mine/heights.csv') as f: rows = list(csv.DictReader(f))
-    assert {(r['decoder'], r['height']) for r in rows} == {(d, h) for d in ('greedy', 'constrained') for h in ('as stored', '24', '16', '12')}
+    assert {(r['decoder'], r['height']) for r in rows} == {(d, h) for d in WAYS for h in ('as stored', '24', '16', '12')}
     assert {r['pictures'] for r in rows if r['set'].startswith('unseen')} == {'6'}
     assert (tmp_path/'out/mine/checkpoints/best.pth').is_file() and (tmp_path/'out/mine/figures/readings.png').is_file()
 
@@ -157,11 +157,11 @@ def test_unseen_counts_what_is_read(tmp_path, crops, drawn):
     reader, plates, tracks = Reader.load(), labelled_folder(crops), index(drawn).test
     for row in rows_of(tmp_path/'out/unseen_heights.csv'):
         h = None if row['height'] == 'as stored' else int(row['height'])
-        right = [r.text == p.text for r, p in zip(reader.read([shrunk(p.picture, h) for p in plates], decoder=row['decoder']), plates)]
+        right = [r.text == p.text for r, p in zip(reader.read([shrunk(p.picture, h) for p in plates], **WAYS[row['decoder']]), plates)]
         assert {float(row[k]) for k in ('mean', 'least', 'most', 'seed 0', 'seed 1')} == {100*np.mean(right)} and row['n'] == '6'
     for row in (rows := rows_of(tmp_path/'out/unseen_frames.csv')):
-        if 'five' in row['frames'] and 'any' not in row['frames']: got = reader.read([list(t.lr) for t in tracks], decoder=row['decoder'], frames=row['frames'].split()[0])
-        else: got = reader.read([[f] for t in tracks for f in (t.lr if 'any' in row['frames'] else t.lr[:1])], decoder=row['decoder'])
+        if 'five' in row['frames'] and 'any' not in row['frames']: got = reader.read([list(t.lr) for t in tracks], **WAYS[row['decoder']], frames=row['frames'].split()[0])
+        else: got = reader.read([[f] for t in tracks for f in (t.lr if 'any' in row['frames'] else t.lr[:1])], **WAYS[row['decoder']])
         texts = np.repeat([t.text for t in tracks], len(got)//len(tracks))
         assert float(row['mean']) == pytest.approx(100*np.mean([r.text == t for r, t in zip(got, texts)]))
     rate = {(r['decoder'], r['frames']): float(r['mean']) for r in rows}

@@ -128,7 +128,7 @@ def test_run_notebook_trains_measures_exports_and_writes_the_card(tmp_path, crop
     run_notebook('reader', out, dict(out=out, tracks=40, steps=4, batch_size=8, eval_every=4, photographs=crops, publish=out/'card'))
     about, run = read_json(out/'card/reader.json'), RunFolder(out/'reader')
     assert about['data']['drawn'] and '40 tracks' in about['data']['source'] and about['recipe']['shrink'] == load_config(run.config).shrink
-    assert [a['n'] for what, a in about['accuracy'].items() if what.startswith(f'photographs ({crops.name})')] == [2]*8, 'four heights, two decoders'
+    assert [a['n'] for what, a in about['accuracy'].items() if what.startswith(f'photographs ({crops.name})')] == [2]*12, 'four heights, three ways'
     assert (out/'card/README.md').read_text() == card_text(about)
     pictures = [p.picture for p in labelled_folder(crops)]
     a, b = (Reader.load(p, device='cpu').read(pictures) for p in (run.best, out/'card/reader.onnx'))
@@ -137,7 +137,7 @@ def test_run_notebook_trains_measures_exports_and_writes_the_card(tmp_path, crop
 def test_peers_run_with_what_is_there(tmp_path, crops):
     kept = run_notebook('peers', tmp_path, dict(pictures=crops, embedded=50, rapidocr=False, tesseract=False, out=tmp_path))
     rows = list(csv.DictReader(open(tmp_path/'peers.csv'))) if (tmp_path/'peers.csv').exists() else []
-    assert len(rows) == (16 if MODEL.is_file() else 0) and ('no reader came' in said(kept)) != MODEL.is_file()
+    assert len(rows) == (24 if MODEL.is_file() else 0) and ('no reader came' in said(kept)) != MODEL.is_file()
     assert 'no labels.csv' in said(run_notebook('peers', tmp_path/'b', dict(pictures=tmp_path/'b', embedded=0, rapidocr=False, tesseract=False, out=tmp_path/'b')))
 
 
