@@ -231,7 +231,10 @@ class Tail:
         with open(self.path, 'rb') as f: f.seek(self.at); new = f.read()
         whole = new[:new.rfind(b'\n') + 1]
         self.at += len(whole)
-        for row in map(json.loads, whole.splitlines()): self.last, self.exact = row, row.get('val_rr', self.exact)
+        for line in whole.splitlines():
+            try: row = dict(json.loads(line))
+            except (ValueError, TypeError): continue # what some other notebook logs
+            self.last, self.exact = row, row.get('val_rr', self.exact)
         return self
 
     step = property(lambda self: self.last.get('step', 0))
@@ -430,7 +433,7 @@ def own_folder(out:Path # made where missing
     try: out.mkdir(parents=True, exist_ok=True); yield
     except (Full, OSError) as e:
         if isinstance(e, Full) or disk_full(e): raise Full(f'{out}: no space left on the disk ({e}). All has stopped and what is finished is kept; free some space and give the same command again') from None
-        if isinstance(e, OSError) and e.filename: raise KdocrError(f'{out}: {e.filename} cannot be written ({e.strerror})') from None
+        if isinstance(e, OSError) and e.filename: raise KdocrError(f'{e.filename}: cannot be written ({e.strerror})') from None
         raise
 
 # %% ../nbs/54_jobs.ipynb #c2e0f058

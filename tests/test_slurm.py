@@ -118,5 +118,6 @@ def test_a_controller_that_is_away_for_a_moment_takes_no_job_for_lost(tmp_path, 
     slurm = Slurm(tmp_path/'jobs')
     assert slurm.going() == {'7': 'running', '8_1': 'queued'}
     (bin/'squeue').write_text(f'#!/bin/sh\n{SILENT}\n')
-    assert slurm.submit([Work(Job('a', 1, {}), tmp_path/'n.ipynb', tmp_path)]) == ['9_0'] and slurm.going() == {'7': 'running', '8_1': 'queued', '9_0': 'queued'}
+    assert slurm.submit([Work(Job(n, 1, {}), tmp_path/'n.ipynb', tmp_path) for n in 'ab']) == ['9_0', '9_1']
+    assert slurm.going() == {'7': 'running', '8_1': 'queued', '9_0': 'queued', '9_1': 'queued'}
     with pytest.raises(KdocrError, match='squeue refuses: no controller'): Slurm(tmp_path/'jobs')
