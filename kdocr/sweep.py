@@ -156,10 +156,10 @@ class _Maker(NamedTuple): # of jobs
         if self.arms and cfg and cfg.steps is None: raise KdocrError(f'{at}: steps: an experiment compares equal numbers of them, so they must be given')
         return Job(name, self.steps(params) if self.trains else None, params, needs, self.trains)
 
-    def steps(self, params): # None: an expression, which only the notebook can work out
+    def steps(self, params):
         declared = self.declared['steps']
         if 'steps' in params: return cast('steps', params['steps'], declared)
-        return int(declared['default']) if declared['default'].isdecimal() else None
+        return _default(declared)
 
 # %% ../nbs/57_sweep.ipynb #6439a71d
 def _refuse_overruled(maker, entries, seeds): # settings that would be given in vain
@@ -178,22 +178,27 @@ def _controlled(where, arms):
         if guided(arms[cfg.control]): raise KdocrError(f'{where}, {name}: its control {cfg.control} learns from a teacher itself')
 
 # %% ../nbs/57_sweep.ipynb #d4594f0a
-def _settings(plan, job, declared): # what decides what a run computes
-    if not takes_config(declared): return {k: v for k, v in check_parameters(plan.notebook, job.params).items() if k not in FREE}
-    defaults = {k: v for k in Config.model_fields if (v := ast.literal_eval(declared[k]['default'])) is not None}
-    return identity(make_config(check_parameters(plan.notebook, {**defaults, **job.params})))
+def _default(declared): # None: an expression, which only the notebook can work out
+    try: return ast.literal_eval(declared['default'])
+    except (ValueError, SyntaxError): return None
 
-def _begun_with(folder, whole): # the settings that a folder's run was begun with; empty: none
-    if whole: return identity(load_config(folder/'config.yaml')) if (folder/'config.yaml').exists() else {}
-    try: return {k: v for k, v in read_status(folder).get('params', {}).items() if k not in FREE}
+def _settings(plan, params, declared): # what decides what a run computes
+    values = {**{k: v for k, d in declared.items() if (v := _default(d)) is not None}, **params}
+    if not takes_config(declared): return {k: v for k, v in values.items() if k not in FREE}
+    return identity(make_config(check_parameters(plan.notebook, {k: v for k, v in values.items() if k in Config.model_fields})))
+
+def _begun_with(plan, folder, declared): # settings too; empty: it was not begun
+    if takes_config(declared): return identity(load_config(folder/'config.yaml')) if (folder/'config.yaml').exists() else {}
+    try: status = read_status(folder)
     except KdocrError: return {} # damaged, and written anew
+    return _settings(plan, status['params'], declared) if 'params' in status else {}
 
 def check_folders(plan:Sweep) -> None:
     "Raises `KdocrError` naming a run folder that holds other settings than the sweep asks for."
     declared = parameters(plan.notebook)
     for j in plan.jobs:
-        there = _begun_with(plan.out/j.name, takes_config(declared))
-        if there and (differ := differing(there, _settings(plan, j, declared))):
+        there = _begun_with(plan, plan.out/j.name, declared)
+        if there and (differ := differing(there, _settings(plan, check_parameters(plan.notebook, j.params), declared))):
             raise KdocrError(f'{plan.out/j.name}: holds another run: {"; ".join(differ)} here. Give the sweep another `out`, or remove the folder')
 
 # %% ../nbs/57_sweep.ipynb #f153413c

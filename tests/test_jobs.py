@@ -46,6 +46,8 @@ def test_a_log_that_grows_is_cut_and_grows_again(tmp_path):
     assert (log.read().step, log.exact, log.pace) == (200, .5, None)
     with open(log.path, 'a') as f: f.write('1, "seconds": 402}\n')
     assert (log.read().step, log.exact, log.pace) == (201, .5, 2)
+    with open(log.path, 'a') as f: f.write('3\nof somebody else\n')
+    assert (log.read().step, log.exact) == (201, .5)
     (tmp_path/'new').write_text('{"step": 3}\n' * 500)
     (tmp_path/'new').replace(log.path)
     assert (log.read().step, log.exact) == (3, None)
