@@ -9,13 +9,13 @@ __all__ = ['OUTSIDE', 'CLUSTERS', 'Job', 'finished', 'hold', 'held', 'disk_full'
            'engine_of', 'run_jobs']
 
 # %% ../nbs/54_jobs.ipynb #jb0002
-import fcntl, io, json, os, re, shutil, signal, subprocess, sys, threading, time
+import errno, fcntl, io, json, os, re, shutil, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 import submitit
-from .core import FULL, KdocrError, Outside, Stopped, nearest, progress, read_json, stop_signals, write_json
+from .core import FULL, KdocrError, Outside, Stopped, nearest, progress, read_json, stop_signals, writable, write_json
 from .status import read_status
 from .notebooks import NotebookRun, finish, notebook_path, one_line, start_notebook
 
@@ -152,12 +152,13 @@ class Local:
         "Start them now, each in a place of its own."
         numbers, main = [], threading.current_thread() is threading.main_thread()
         for w in works:
-            place = next(p for i, p in enumerate(self.places) if i not in [self.taken[n] for n in self.going()])
+            free = next(i for i in range(len(self.places)) if i not in [self.taken[n] for n in self.going()])
+            place = self.places[free]
             w.cores, w.env = place.cores, {'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES') if place.gpu is None else place.gpu} # submitit hides all
             old = main and signal.signal(signal.SIGINT, signal.SIG_IGN) # a child inherits the deaf ear
             try: j = self.executor.submit(w)
             finally: main and signal.signal(signal.SIGINT, old)
-            self.jobs[j.job_id], self.taken[j.job_id] = j, self.places.index(place)
+            self.jobs[j.job_id], self.taken[j.job_id] = j, free
             numbers.append(j.job_id)
         return numbers
 
@@ -187,7 +188,7 @@ class Slurm:
     pause, lasting = 2., True
     def __init__(self, logs:Path, cores:int|None=None, # elements of an array that run at a time
                  time:int=24 * 60, mem:float|None=None, partition:str|None=None, gpus:int|None=None, threads:int=1): # minutes, GB, a name, GPUs and cores a job
-        self.logs, self.seen = logs, None
+        self.logs, self.partition, self.seen = logs, partition, None
         absent = [p for p in ('sbatch', 'squeue', 'scancel', 'srun') if not shutil.which(p)]
         if absent: raise KdocrError(f'cluster slurm: no {", ".join(absent)} on this machine; start the sweep where SLURM is, or use --cluster local')
         self.going() # whether anybody answers
@@ -202,9 +203,13 @@ class Slurm:
         self.executor.update_parameters(slurm_additional_parameters=dict(requeue=True, **({'dependency': f'afterany:{after}'} if after else {})))
         try:
             with redirect_stderr(io.StringIO()), self.executor.batch(): sent = [self.executor.submit(w) for w in works] # submitit prints what it raises
-        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedSubmissionError) as e: raise refused('sbatch', str(e)) from None
+        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedSubmissionError) as e: raise KdocrError(f'{refused("sbatch", str(e))}{self.near()}') from None
         self.seen.update({j.job_id: 'queued' for j in sent})
         return [j.job_id for j in sent]
+
+    def near(self) -> str: # a clause for an error, where there is no such partition
+        known = subprocess.run(['sinfo', '-h', '-o', '%R'], capture_output=True, text=True).stdout.split() if self.partition and shutil.which('sinfo') else []
+        return nearest(self.partition, known) if known and self.partition not in known else ''
 
     def going(self) -> dict[str, str]: # number -> state
         "All of the user's jobs that have not ended, whoever sent them; as before where the controller does not answer for a moment."
@@ -430,7 +435,10 @@ def _mark(folder): # a lock for as long as this process lives
 def own_folder(out:Path # made where missing
               ):
     "For work in the folder `out`. Raises `Full`, or `KdocrError` naming what cannot be written there."
-    try: out.mkdir(parents=True, exist_ok=True); yield
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not writable(out): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))
+        yield
     except (Full, OSError) as e:
         if isinstance(e, Full) or disk_full(e): raise Full(f'{out}: no space left on the disk ({e}). All has stopped and what is finished is kept; free some space and give the same command again') from None
         if isinstance(e, OSError) and e.filename: raise KdocrError(f'{e.filename}: cannot be written ({e.strerror})') from None

@@ -224,8 +224,9 @@ def sweep(plan:Sweep,
     "Make all runs that are not finished. Raises `Stopped` after a signal, `Full` where the disk is."
     if cores is not None and cores < 0: raise KdocrError(f'cores {cores}: 1 or more, or 0 for one after the other in this process')
     if cores == 0 and cluster != 'local': raise KdocrError(f'cores 0: in this process, and so not in {cluster}')
-    with own_folder(plan.out.absolute()): engine_of(cluster, plan.jobs, plan.out, cores or None, **ask) # what cannot be is said before anything is drawn
-    check_folders(plan)
+    with own_folder(plan.out): # what cannot be is said before anything is drawn
+        engine_of(cluster, plan.jobs, plan.out, cores or None, **ask)
+        check_folders(plan)
     if takes_config(parameters(plan.notebook)):
         for cfg in {(j.params.get('data'), j.params.get('mode')): make_config(j.params) for j in plan.jobs if j.needs is None}.values(): open_data(cfg) # drawn and packed once, before many ask for it
         if cores == 0:

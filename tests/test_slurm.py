@@ -110,6 +110,8 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch, capfd):
     programs(tmp_path/'bin', monkeypatch, squeue='exit 0', scancel='exit 0', srun='exit 0', sbatch='echo "sbatch: error: invalid partition specified: mian" >&2; exit 1')
     with pytest.raises(KdocrError) as e: run_jobs([Job('a', 1, {})], tmp_path/'out', 'train_kd', cluster='slurm', partition='mian', show=Lines)
     assert str(e.value) == 'cluster slurm: sbatch refuses: invalid partition specified: mian' and not capfd.readouterr().err
+    programs(tmp_path/'more', monkeypatch, sinfo='echo main; echo urgent', **{p: (tmp_path/'bin'/p).read_text().split('\n', 1)[1] for p in ('squeue', 'sbatch', 'scancel', 'srun')})
+    with pytest.raises(KdocrError, match="specified: mian: did you mean 'main'?"): run_jobs([Job('a', 1, {})], tmp_path/'out', 'train_kd', cluster='slurm', partition='mian', show=Lines)
 
 
 def test_a_controller_that_is_away_for_a_moment_takes_no_job_for_lost(tmp_path, monkeypatch):

@@ -111,12 +111,13 @@ def test_a_number_that_yaml_takes_for_a_text_counts_as_one(tmp_path):
 
 
 @pytest.mark.parametrize('cores', [0, 1])
-@pytest.mark.parametrize('out, says', [('file', r'file: cannot be written \(File exists\)'), ('file/sub', r'file/sub: cannot be written \(Not a directory\)'), ('shut', r'shut.*: cannot be written \(Permission denied\)')])
+@pytest.mark.parametrize('out, says', [('file', r'file: cannot be written \(File exists\)'), ('file/sub', r'file/sub: cannot be written \(Not a directory\)'), ('shut', r'shut: cannot be written \(Permission denied\)'), ('shut/sub', r'shut/sub: cannot be written \(Permission denied\)')])
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_drawn(tmp_path, monkeypatch, out, says, cores):
     (tmp_path/'file').write_text('')
+    (tmp_path/'shut').mkdir(mode=0o555)
     make = Path.mkdir
     def refuse(self, *a, **kw): # as another user's folder does; root may write everywhere
-        if 'shut' in self.parts: raise PermissionError(13, 'Permission denied', str(self))
+        if self.parent.name == 'shut': raise PermissionError(13, 'Permission denied', str(self))
         return make(self, *a, **kw)
     monkeypatch.setattr(Path, 'mkdir', refuse)
     monkeypatch.setattr('kdocr.sweep.open_data', lambda cfg: pytest.fail('plates were drawn for nothing'))
@@ -127,6 +128,7 @@ def test_where_a_sweep_cannot_run_is_said(tmp_path):
     plan = make_sweep(dict(out=str(tmp_path), base=SMALL, grid=dict(lr=[.1])))
     with pytest.raises(KdocrError, match="cluster 'slrum': did you mean 'slurm'?"): sweep(plan, cluster='slrum')
     with pytest.raises(KdocrError, match='cores 0: in this process, and so not in slurm'): sweep(plan, cores=0, cluster='slurm')
+    assert not list(tmp_path.iterdir())
 
 
 def in_turn(tmp_path, monkeypatch, fails):
