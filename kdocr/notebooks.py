@@ -54,6 +54,7 @@ KINDS = {'int': int, 'float': float, 'bool': bool, 'str': str, 'Path': Path, 'li
 
 def parameters(notebook:str|Path) -> dict[str, dict]: # name -> type (or None), default and help, as papermill tells them
     "The parameters that a notebook declares. Raises `KdocrError` for another file."
+    if Path(notebook).suffix != '.ipynb': raise KdocrError(f'{notebook}: no Jupyter notebook')
     try: return papermill.inspect_notebook(str(notebook))
     except (ValueError, KeyError, AttributeError, nbformat.ValidationError): raise KdocrError(f'{notebook}: no Jupyter notebook') from None
 

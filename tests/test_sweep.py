@@ -93,7 +93,8 @@ def test_a_grid_or_list_that_is_wrong_is_refused(plan, says):
 
 
 @pytest.mark.parametrize('text, says', [('', 'no arms, no grid and no list'), ('- lr', 'a list of `key: value` lines'), ('grid: [', 'not valid YAML'), ('grid: {lr: [1]}\ngrid: {lr: [2]}', "'grid' stands there twice"),
-                                        ('arms:\n  a: {lr: 1}\n  a: {lr: 2}', "'a' stands there twice"), ('\0', 'not valid YAML')])
+                                        ('arms:\n  a: {lr: 1}\n  a: {lr: 2}', "'a' stands there twice"), ('\0', 'not valid YAML'),
+                                        ('notebook: plan.yaml\ngrid: {lr: [1]}', 'no Jupyter notebook')])
 def test_a_file_that_says_nothing_clear_is_one_line(tmp_path, capsys, text, says):
     (tmp_path/'plan.yaml').write_text(text)
     assert main(['sweep', str(tmp_path/'plan.yaml')]) == 2
