@@ -19,7 +19,7 @@ from .core import KdocrError, Outside, Stopped, digest, nearest, read_json
 from .config import Config, load_config, make_config, read_yaml
 from .data import open_data
 from .terms import parse_terms
-from .run import FREE, RunFolder, identity
+from .run import FREE, identity
 from .train_kd import train_kd
 from .status import read_status
 from .compare import differing, guided, pct
