@@ -42,14 +42,13 @@ def read(a):
 def compare(a): _compared(a.runs, a.out, a.control)
 
 def sweep(a):
-    from kdocr.jobs import Full, finished
+    from kdocr.jobs import finished
     from kdocr.sweep import faults, load_sweep, sweep
     plan = load_sweep(a.file)
     if a.list: return print(*(f'{j.name}{f" (after {j.needs})" if j.needs else ""}: ' + ', '.join([f'{j.steps} steps'] * j.trains + ['finished'] * finished(plan.out/j.name, j.trains)) for j in plan.jobs), sep='\n')
     ask = {k: v for k in ('time', 'mem', 'partition', 'gpus') if (v := getattr(a, k)) is not None}
     if ask and a.cluster == 'local': raise KdocrError(f'--{next(iter(ask))}: a local sweep asks for nothing; give --cluster slurm with it')
-    try: rows = sweep(plan, a.cores, a.retries, a.cluster, **ask)
-    except Full as e: print(f'kdocr: {e}', file=sys.stderr); return 75 # EX_TEMPFAIL of sysexits.h: try again later
+    rows = sweep(plan, a.cores, a.retries, a.cluster, **ask)
     _concluded(plan, rows)
     for line in faults(rows): print(f'kdocr: {line}', file=sys.stderr)
     return 1 if faults(rows) else 0
