@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'log_softmax', 'log_prob', 'greedy', 'beam', 'patterns', 'Grammar', 'grammar', 'constrained', 'decode',
-           'log_mass', 'Reading', 'weigh', 'sum_frames', 'vote', 'shared', 'nll', 'fit_temperature']
+           'log_mass', 'Reading', 'weigh', 'sum_frames', 'vote', 'averaged', 'nll', 'fit_temperature']
 
 # %% ../nbs/05_decode.ipynb #0002
 import re
@@ -264,7 +264,8 @@ def decode(log_probs:np.ndarray, charset:Charset,
           ) -> list[str]:
     "The texts, by the decoder's name."
     if decoder not in DECODERS: raise KdocrError(f'decoder {decoder!r}{nearest(decoder, DECODERS)}')
-    return constrained(log_probs, charset, layout) if decoder == 'constrained' else {'greedy': greedy, 'beam': beam}[decoder](log_probs, charset)
+    if decoder == 'constrained': return constrained(log_probs, charset, layout)
+    return (greedy if decoder == 'greedy' else beam)(log_probs, charset)
 
 # %% ../nbs/05_decode.ipynb #0022
 def log_mass(log_probs:np.ndarray, # (b,t,c)
@@ -290,7 +291,7 @@ class Reading(NamedTuple):
     "A text and how sure it is."
     text:str
     confidence:float             # probability of the text; where a layout is given, among the texts that fit it
-    char_confidence:tuple[float] # of each character: its share among those that could stand in its place
+    char_confidence:tuple[float, ...] # of each character: its share among those that could stand in its place
 
 def _may_stand(texts, charset, g) -> np.ndarray: # (b,n,c) bool: whether the text still fits with that class in that place
     ids, size = _padded(texts, charset), _sizes(texts)
@@ -331,9 +332,9 @@ def vote(texts:list[str],         # one a frame
     for x, c in zip(texts, confidence): sure[x] += c
     return max(n, key=lambda x: (n[x], sure[x], x))
 
-def shared(readings:list[Reading] # of one text, a frame each
-          ) -> Reading:
-    "The mean of the frames' confidences."
+def averaged(readings:list[Reading] # of one text, a frame each
+            ) -> Reading:
+    "That text, with the mean of the frames' confidences."
     return Reading(readings[0].text, float(np.mean([r.confidence for r in readings])), tuple(np.mean([r.char_confidence for r in readings], 0).tolist()))
 
 # %% ../nbs/05_decode.ipynb #002a

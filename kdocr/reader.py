@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from .core import KdocrError, atomic_write, nearest, progress
 from .charset import Charset, layout_of, spellable
-from .decode import DECODERS, Reading, decode, grammar, log_softmax, shared, sum_frames, vote, weigh
+from .decode import DECODERS, Reading, averaged, decode, grammar, log_softmax, sum_frames, vote, weigh
 from .icpr import FRAMES, _broken
 from .pack import fit
 
@@ -344,7 +344,7 @@ class _Joins(_Settled):
         x, owner = self._said(np.concatenate(self._each(plates)), 1), np.repeat(np.arange(len(plates)), [len(p) for p in plates])
         def by_plate(readings): return [[r for r, o in zip(readings, owner) if o == i] for i in range(len(plates))]
         won = [vote([r.text for r in rs], [r.confidence for r in rs]) for rs in by_plate(self._decoded(x, how))]
-        return [shared(rs) for rs in by_plate(weigh(x, [won[o] for o in owner], self.charset, how.layout))]
+        return [averaged(rs) for rs in by_plate(weigh(x, [won[o] for o in owner], self.charset, how.layout))]
 
     def _decoded(self, log_probs, how) -> list[Reading]:
         return weigh(log_probs, decode(log_probs, self.charset, how.decoder, how.layout), self.charset, how.layout)
