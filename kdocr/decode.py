@@ -140,7 +140,7 @@ def _place(part, pattern, charset) -> np.ndarray: # (c,) bool
         what, chars = f'one of {part}', re.sub(r'(.)-(.)', lambda m: ''.join(map(chr, range(ord(m[1]), ord(m[2]) + 1))), part[1:-1])
         ok = chars.__contains__
     else: raise KdocrError(f'pattern {pattern!r}: {part!r} is no place; known: L (a letter), D (a digit), ? (any character), [ABC] (one of these), | between patterns; '
-                           f'or a layout{nearest(pattern, [*LAYOUTS, "either", "free"])}')
+                           f'or the name of a layout{nearest(pattern, [*LAYOUTS, "either", "free"])}')
     may = np.array([False, *(bool(ok(c)) for c in charset.chars)])
     if not may.any(): raise KdocrError(f'pattern {pattern!r}: nothing in the charset {charset.chars!r} is {what}')
     return may
@@ -253,7 +253,9 @@ def constrained(log_probs:np.ndarray, # (b,t,c)
     g, texts = grammar(layout, charset), greedy(log_probs, charset)
     sure = log_prob(log_probs, texts, charset) > -log(2)
     ask = [i for i, (x, s) in enumerate(zip(texts, sure)) if not s or charset.encode(x) not in g]
-    for i, ids in zip(ask, _search(log_probs[ask], g, nodes) if ask else ()): texts[i] = charset.decode(ids)
+    try: found = _search(log_probs[ask], g, nodes) if ask else ()
+    except KdocrError as e: raise KdocrError(f'layout {layout!r}: {e}') from None
+    for i, ids in zip(ask, found): texts[i] = charset.decode(ids)
     return texts
 
 DECODERS = ('greedy', 'beam', 'constrained')

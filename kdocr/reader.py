@@ -322,26 +322,26 @@ class _Joins(_Settled):
         parts = np.array_split(x, ceil(len(x)*x.shape[1]/_AT_ONCE))
         return np.concatenate([self.net.run(np.ascontiguousarray((part/np.float32(127.5) - 1).transpose(0, 1, 4, 2, 3))) for part in parts])
 
-    def _said(self, log_probs, frames): return log_softmax(log_probs/self.temperature(frames))
+    def _calibrated(self, log_probs, frames): return log_softmax(log_probs/self.temperature(frames))
 
-    def _each(self, plates): # log-probabilities of each plate's frames, (f,t,c)
+    def _singly(self, plates): # log-probabilities of each plate's frames, (f,t,c)
         return np.split(log_softmax(self._run(np.concatenate(plates)[:, None])), np.cumsum([len(p) for p in plates])[:-1])
 
     def log_probs(self, plates:list[np.ndarray], # (f,H,W,3) uint8 each, of the network's size
                   frames:str                     # sum or attention
                  ) -> np.ndarray:                # (b,t,c)
         "What is said of each plate's frames together, calibrated."
-        if frames == 'sum': return np.stack([self._said(sum_frames(x), len(x)) for x in self._each(plates)])
+        if frames == 'sum': return np.stack([self._calibrated(sum_frames(x), len(x)) for x in self._singly(plates)])
         out = [None]*len(plates)
         for f in {len(p) for p in plates}: # so many are seen at once
             at = [i for i, p in enumerate(plates) if len(p) == f]
-            for i, lp in zip(at, self._said(self._run(np.stack([plates[i] for i in at])), f)): out[i] = lp
+            for i, lp in zip(at, self._calibrated(self._run(np.stack([plates[i] for i in at])), f)): out[i] = lp
         return np.stack(out)
 
     def _together(self, plates, how) -> list[Reading]: return self._decoded(self.log_probs(plates, how.frames), how)
 
     def _vote(self, plates, how) -> list[Reading]:
-        x, owner = self._said(np.concatenate(self._each(plates)), 1), np.repeat(np.arange(len(plates)), [len(p) for p in plates])
+        x, owner = self._calibrated(np.concatenate(self._singly(plates)), 1), np.repeat(np.arange(len(plates)), [len(p) for p in plates])
         def by_plate(readings): return [[r for r, o in zip(readings, owner) if o == i] for i in range(len(plates))]
         won = [vote([r.text for r in rs], [r.confidence for r in rs]) for rs in by_plate(self._decoded(x, how))]
         return [averaged(rs) for rs in by_plate(weigh(x, [won[o] for o in owner], self.charset, how.layout))]
@@ -353,17 +353,19 @@ class _Joins(_Settled):
 class Reader(_Joins):
     "Reads pictures of plates: `Reader.load().read('plate.png')`."
     def _look(self, item:Item) -> tuple[list, Record]: # frames (H,W,3) uint8, and the record so far
-        got, left, notes = [], [], []
+        got, left, notes, why = [], [*item.left_out], [], 'no frames'
         for i, source in enumerate(item.frames):
             try: pixels, said = picture(source)
-            except KdocrError as e: left.append((_printable(os.path.basename(source)) if isinstance(source, (str, os.PathLike)) else f'frame {i + 1}', str(e))); continue
+            except KdocrError as e:
+                why = str(e)
+                left.append(f'{_printable(os.path.basename(source)) if isinstance(source, (str, os.PathLike)) else f"frame {i + 1}"}: {why}')
+                continue
             got.append(fit(pixels, self.about['height'], self.about['width']))
             notes += [n for n in said if n not in notes]
-        alone, out = len(item.frames) == 1 and not item.left_out, (*item.left_out, *(f'{name}: {why}' for name, why in left))
-        if got: return got, Record(item.name, frames=len(got), left_out=out, notes=tuple(notes))
-        return got, Record(item.name, error=left[0][1] if alone else '; '.join(out) or 'no frames')
+        if got: return got, Record(item.name, frames=len(got), left_out=tuple(left), notes=tuple(notes))
+        return got, Record(item.name, error='; '.join(left) if item.left_out or len(item.frames) > 1 else why) # a picture's name is its record's
 
-    def _some(self, some:list[Item], how:How) -> list[Record]:
+    def _batch(self, some:list[Item], how:How) -> list[Record]:
         seen = [self._look(i) for i in some]
         plates = [np.stack(x) for x, _ in seen if x]
         said = iter((self._vote if how.frames == 'vote' else self._together)(plates, how) if plates else ())
@@ -380,7 +382,7 @@ class Reader(_Joins):
         how = self.settle(decoder, layout, frames)
         if batch < 1: raise KdocrError(f'batch {batch}: at least 1 is needed')
         left = iter(items(images))
-        return (r for some in iter(lambda: list(islice(left, batch)), []) for r in self._some(some, how))
+        return (r for some in iter(lambda: list(islice(left, batch)), []) for r in self._batch(some, how))
 
     def read(self, images, decoder:str='constrained', layout:str='auto', frames:str='auto', batch:int=64) -> list[Record]: # as `stream` has them
         "A record a plate."
