@@ -105,7 +105,7 @@ def read(a):
 # %% ../nbs/69_cli.ipynb #f3def2d0
 _READING = (
     Command(read, 'read plates: pictures, folders of them, tracks of frames; exit status 1 if something could not be read, each named', [
-        arg('paths', nargs='+', type=path, metavar='PATH', help='a picture, a folder with lr-001.png ... (one track), or a folder of all these'),
+        arg('paths', nargs='+', type=path, metavar='PATH', help='a picture, a folder with lr-001.png ... (one track), a folder of all these, or a CSV that lists them'),
         arg('--ckpt', type=path, metavar='FILE', help='a .pth checkpoint, an ONNX file or a run folder (default: the reader that is shipped)'),
         arg('--decoder', default='constrained', metavar='NAME', help='greedy, beam, or constrained: the most probable text that fits the layout (default: constrained)'),
         arg('--layout', default='auto', metavar='LAYOUT', help='Brazilian, Mercosur, either, free, or patterns such as LLLDLDD|LLDD (L letter, D digit, ? any, [AB] one of these) (default: what the reader was trained for)'),

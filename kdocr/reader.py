@@ -21,7 +21,7 @@ from PIL import Image
 from .core import KdocrError, atomic_write, nearest, progress
 from .charset import Charset, layout_of, spellable
 from .decode import DECODERS, Reading, averaged, decode, grammar, log_softmax, sum_frames, vote, weigh
-from .icpr import FRAMES, _broken
+from .icpr import FRAMES, _broken, _rows
 from .pack import fit
 
 # %% ../nbs/60_reader.ipynb #0005
@@ -149,6 +149,16 @@ def _folder(folder) -> Iterator[Item]:
     yield next(found, Item(_printable(folder), [], ('no pictures in it',)))
     yield from found
 
+def _listed(path) -> Iterator[Item]: # what a CSV names: a track's rows together, any other row alone
+    tracks = {}
+    try: rows = _rows(Path(path))
+    except KdocrError as e: yield Item(_printable(path), [], (str(e).removeprefix(f'{path}: '),)); return
+    for line, _, row in rows:
+        file = row['lr'] or row['image'] or row['hr']
+        where = os.path.join(os.path.dirname(path), file) if file else ''
+        tracks.setdefault(row['track'] or where or f'{_printable(path)}:{line}', []).extend([where] if file else [])
+    for name, frames in tracks.items(): yield Item(name, frames)
+
 
 # %% ../nbs/60_reader.ipynb #000b
 def _several(x) -> bool: return isinstance(x, (list, tuple)) and not isinstance(x, Item) or isinstance(x, np.ndarray) and x.ndim > 3
@@ -161,6 +171,7 @@ def items(images # one, or a list or an iterator, of: a path, an array, a PIL im
         if isinstance(one, Item): yield one
         elif _several(one): yield Item(f'track {i}', list(one))
         elif named and os.path.isdir(one): yield from _folder(one)
+        elif named and os.path.isfile(one) and Path(one).suffix.lower() == '.csv': yield from _listed(one)
         else: yield Item(_printable(one) if named else f'image {i}', [one])
 
 
@@ -421,8 +432,10 @@ def _terminal(f) -> bool: return f is not None and f.isatty() # None: closed bef
 def _opened(out:Path|None): # yields a text file: whole or absent in the end
     try:
         if out is None: yield sys.stdout
+        elif out.exists() and not out.is_file():                # a pipe, /dev/null: to be written to, and not to be replaced
+            with open(out, 'w', encoding='utf-8') as f: yield f
         else:
-            with atomic_write(out) as tmp, open(tmp, 'w', encoding='utf-8') as f: yield f
+            with atomic_write(os.path.realpath(out)) as tmp, open(tmp, 'w', encoding='utf-8') as f: yield f # a link stays one
     except BrokenPipeError: raise # whoever read us has enough
     except OSError as e: raise KdocrError(f'{out or "standard output"}: could not be written ({e.strerror})') from None
 

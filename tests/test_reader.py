@@ -192,6 +192,15 @@ def test_arrays_of_arrays_and_iterators():
     stream = READER.stream((x for _ in camera), batch=4)
     assert [next(stream).text for _ in range(5)] == [TEXT]*5 and next(camera) == 8 and READER.read(iter([])) == READER.read([]) == []
 
+def test_a_csv_stands_for_what_it_lists(tmp_path):
+    for n in ('a.png', 'far/ü 1.png', 'far/2.png'): save(tmp_path/n)
+    save(tmp_path/'near.png', 'XYZ9876')
+    def read(text): (tmp_path/'x.csv').write_bytes(text.encode()); return [(r.path.removeprefix(f'{tmp_path}/'), r.text, r.frames, r.error or '; '.join(r.left_out)) for r in READER.read(str(tmp_path/'x.csv'))]
+    assert read('image,text\na.png,-\nnear.png,\n') == [('a.png', TEXT, 1, ''), ('near.png', 'XYZ9876', 1, '')]
+    assert read('\ufeffhr,lr,text,track\r\nnear.png,far/ü 1.png,-,t\r\nnear.png,gone.png,-,t\r\nnear.png,far/2.png,-,\r\n,,-,\r\nnear.png,far/2.png,-,t\r\n') == [
+        ('t', TEXT, 2, 'gone.png: no such file'), ('far/2.png', TEXT, 1, ''), ('x.csv:5', '', 0, 'no frames')]
+    assert read('hr;lr;text\n') == [('x.csv', '', 0, "its cells are divided by ';'; a comma is needed")] and 'needed are the columns' in read('a.png\n')[0][3] + read('text\n')[0][3]
+
 def test_an_empty_folder_is_said(tmp_path): assert READER.read(tmp_path)[0].error == 'no pictures in it'
 
 def test_names_that_are_no_utf8(tmp_path):
@@ -448,6 +457,14 @@ def test_whoever_reads_us_may_have_enough(onnx_bars, tmp_path):
     assert b'Traceback' not in p.stderr.read() and p.wait() == 141
     with open('/dev/full', 'w') as full: r = subprocess.run(cmd[:5] + cmd[-4:], stdout=full, stderr=subprocess.PIPE, text=True)
     assert r.returncode == 2 and r.stderr == 'kdocr: standard output: could not be written (No space left on device)\n'
+
+def test_what_is_no_file_is_written_to_and_not_replaced(onnx_bars, tmp_path):
+    asked = ['read', str(save(tmp_path/'a.png')), '--ckpt', str(onnx_bars), '--format', 'jsonl', '--out']
+    (tmp_path/'real').mkdir(); (tmp_path/'link.jsonl').symlink_to(tmp_path/'real/x.jsonl')
+    for _ in range(2): assert main([*asked, str(tmp_path/'link.jsonl')]) == 0 and (tmp_path/'link.jsonl').is_symlink() and json.loads((tmp_path/'real/x.jsonl').read_text())['text'] == TEXT
+    os.mkfifo(tmp_path/'pipe')
+    p = subprocess.Popen([sys.executable, '-m', 'kdocr.cli', *asked, str(tmp_path/'pipe')])
+    assert json.loads((tmp_path/'pipe').read_text())['text'] == TEXT and p.wait() == 0 and not (tmp_path/'pipe').is_file()
 
 def test_broken_exif_is_passed_over_in_silence(onnx_bars, tmp_path):
     exif = Image.Exif(); exif[0x0112] = 6
