@@ -101,6 +101,7 @@ def _grown(ids, size): # (b,k,k) whether prefix j is prefix i and one character
     same = (ids[:, :, None] == ids[:, None]) | (np.arange(t) >= size[:, :, None, None])
     return same.all(-1) & (size[:, None] == size[:, :, None] + 1)
 
+# %% ../nbs/05_decode.ipynb #a579dd9c
 def beam(log_probs:np.ndarray, # (b,t,c)
          charset:Charset,
          width:int=10          # prefixes that are kept
@@ -223,6 +224,7 @@ def _children(log_probs, ahead, g, ids, q, start): # of prefixes (n of them): bo
     come[r, :, last] = quiet[:, :-1] + ahead[r, :, last]                                 # the last character again needs a blank
     return np.logaddexp.reduce(come, 1), quiet, both
 
+# %% ../nbs/05_decode.ipynb #81c59433
 def _search(log_probs, g, nodes=inf) -> list[tuple]: # classes of the most probable text of each row that fits; after so many nodes, of the nearest one
     ahead, whole = _ahead(log_probs, g)
     if not np.isfinite(whole).all(): raise KdocrError(f'nothing that fits can be said in {log_probs.shape[1]} time steps')

@@ -149,6 +149,7 @@ def _places(path, out) -> tuple[Path, Path]: # the checkpoint, and where its ONN
     if out.suffix != '.onnx': raise KdocrError(f'{out}: what is written is an .onnx')
     return path, out
 
+# %% ../nbs/62_export.ipynb #6eabffa9
 def export(path:str|Path,          # a checkpoint, or a run folder for its best one
            out:str|Path|None=None, # the ONNX file; None: beside the checkpoint, .onnx
            half:bool=False,        # 16-bit weights

@@ -149,6 +149,7 @@ def _folder(folder) -> Iterator[Item]:
     yield next(found, Item(_printable(folder), [], ('no pictures in it',)))
     yield from found
 
+# %% ../nbs/60_reader.ipynb #6426eec7
 def _listed(path) -> Iterator[Item]: # what a CSV names: a track's rows together, any other row alone
     tracks = {}
     try: rows = _rows(Path(path))
@@ -361,8 +362,7 @@ class _Joins(_Settled):
         return weigh(log_probs, decode(log_probs, self.charset, how.decoder, how.layout), self.charset, how.layout)
 
 # %% ../nbs/60_reader.ipynb #0019
-class Reader(_Joins):
-    "Reads pictures of plates: `Reader.load().read('plate.png')`."
+class _Opens(_Joins):
     def _look(self, item:Item) -> tuple[list, Record]: # frames (H,W,3) uint8, and the record so far
         got, left, notes, why = [], [*item.left_out], [], 'no frames'
         for i, source in enumerate(item.frames):
@@ -383,6 +383,9 @@ class Reader(_Joins):
         def filled(r): text, sure, chars = next(said); return replace(r, text=text, confidence=sure, char_confidence=chars, layout=layout_of(text) or '')
         return [filled(r) if x else r for x, r in seen]
 
+# %% ../nbs/60_reader.ipynb #5c2fb085
+class Reader(_Opens):
+    "Reads pictures of plates: `Reader.load().read('plate.png')`."
     def stream(self, images, # as `items` takes them
                decoder:str='constrained', # greedy, beam or constrained
                layout:str='auto',  # of a constrained reading: a name in `LAYOUTS`, either, patterns, or free
