@@ -235,23 +235,25 @@ def _rows(path:Path) -> list[tuple[int, list[str], dict]]: # line number, faults
     try:
         with open(path, newline='', encoding='utf-8-sig') as f:
             reader = csv.reader(f)
-            names = [c.strip() for c in next(reader, [])]
+            names = [c.strip().lower() for c in next(reader, [])]
             rows = [(reader.line_num, cells) for cells in reader if any(c.strip() for c in cells)]
     except (UnicodeDecodeError, csv.Error) as e: raise KdocrError(f'{path}: not a CSV in UTF-8 ({e})') from None
     except OSError as e: raise KdocrError(f'{path}: {e.strerror}') from None
+    if len(names) == 1 and (mark := re.search(r'[;\t|]', names[0])): raise KdocrError(f'{path}: its cells are divided by {mark[0]!r}; a comma is needed')
     if odd := [c for c in names if c not in _COLUMNS]: raise KdocrError(f'{path}: column {odd[0]!r}{nearest(odd[0], _COLUMNS)}')
     if twice := [c for c in names if names.count(c) > 1]: raise KdocrError(f'{path}: two columns are called {twice[0]}')
     if 'text' not in names or not {'hr', 'lr', 'image'} & {*names}: raise KdocrError(f'{path}: needed are the columns hr,lr,text or image,text; there are {",".join(names) or "none"}')
     if 'image' in names and {'hr', 'lr'} & {*names}: raise KdocrError(f'{path}: image is a picture without a partner; it cannot stand beside hr or lr')
     if not rows: raise KdocrError(f'{path}: no rows in it')
-    width = [[f'{len(cells)} cells, the header has {len(names)}'] if len(cells) != len(names) else [] for _, cells in rows]
-    return [(line, w, dict.fromkeys(_COLUMNS, '') | {k: unicodedata.normalize('NFC', c.strip()) for k, c in zip(names, cells)}) for (line, cells), w in zip(rows, width)]
+    width = [[f'{len(cells)} cell{"s" * (len(cells) != 1)}, the header has {len(names)}'] if len(cells) != len(names) else [] for _, cells in rows]
+    return [(line, w, dict.fromkeys(_COLUMNS, '') | {k: unicodedata.normalize('NFC', c.strip()) if k == 'text' else c.strip() for k, c in zip(names, cells)}) for (line, cells), w in zip(rows, width)]
 
 
 # %% ../nbs/12_icpr.ipynb #6b8c908c
 def _stamp(path:Path) -> tuple[int, int]: # bytes, and time of the last change in ns
     try: s = os.stat(path)
     except OSError as e: raise KdocrError(e.strerror) from None
+    except ValueError: raise KdocrError('no path: there is a NUL in it') from None
     if not s.st_size: raise KdocrError('empty file (0 bytes)')
     return s.st_size, s.st_mtime_ns
 
@@ -325,6 +327,7 @@ def index(root:str|Path,
     if not root.is_dir(): raise KdocrError(f'{root}: {"neither a folder nor a .csv file" if root.exists() else "no such file" if root.suffix.lower() == ".csv" else "no such folder"}')
     parts, faults, seen, asked, first, top = {'train': [], 'test': []}, [], [], [], {}, root.resolve().name
     walk = list(_walk(str(root), faults))
+    if not walk and faults: raise KdocrError(str(faults[0]))
     if not walk: raise KdocrError(f'{root}: no tracks in it (expected train/Scenario-*/*/track_*/lr-001.* or test/track_*/lr-001.*)')
     folders = [root.joinpath(*above) for above, _ in walk]
     for folder, (above, files), said in zip(folders, walk, _annotations(folders, walk, cache and Path(cache))):

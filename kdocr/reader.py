@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'LARGEST', 'SMALLEST', 'SHAPES', 'Picture', 'picture', 'Item', 'items', 'Network', 'session',
-           'shipped', 'load_network', 'Record', 'How', 'Reader', 'read_paths']
+           'shipped', 'weights_file', 'load_network', 'one_line', 'Record', 'How', 'Reader', 'read_paths']
 
 # %% ../nbs/60_reader.ipynb #0002
 import csv, io, json, os, re, sys, warnings
@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from itertools import islice
+from math import ceil, inf
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from .core import KdocrError, atomic_write, nearest, progress
 from .charset import Charset, layout_of, spellable
-from .decode import DECODERS, Reading, decode, grammar, log_softmax, shared, sum_frames, vote, weigh
-from .icpr import FRAMES, _broken
+from .decode import DECODERS, Reading, averaged, decode, grammar, log_softmax, sum_frames, vote, weigh
+from .icpr import FRAMES, _broken, _rows
 from .pack import fit
 
 # %% ../nbs/60_reader.ipynb #0005
@@ -38,14 +39,16 @@ def _sized(h, w):
     if h*w > LARGEST: raise KdocrError(f'{w}x{h} pixels; more than {LARGEST/1e6:.0f} million are not decoded: cut out the plate')
     if h < SMALLEST[0] or w < SMALLEST[1]: raise KdocrError(f'{w}x{h} pixels, too small to hold a plate')
 
-def _eight(x): # levels of a camera with 8, 10, 12 or 16 bits in a 16-bit file, (h,w,...) -> uint8
+def _eight(x): # floats from 0 to 1, or levels of a camera with 8, 10, 12 or 16 bits in a 16-bit file, (h,w,...) -> uint8
+    if x.dtype.kind == 'f':
+        if not ((x >= 0) & (x <= 1)).all(): raise KdocrError('floating-point pixels outside of 0 to 1: what is white cannot be known; save it with 8 or 16 bits')
+        return (255*x).round().astype(np.uint8)
     x = np.clip(x, 0, 65535).astype(np.uint16)
     bits = int(x.max(initial=0)).bit_length()
     return (x >> next((n - 8 for n in (8, 10, 12) if bits <= n), 8)).astype(np.uint8)
 
 def _rgb(im) -> np.ndarray: # PIL -> (h,w,3) uint8
-    if im.mode == 'F': raise KdocrError('floating-point pixels: what is white cannot be known; save it with 8 or 16 bits')
-    if im.mode.startswith('I'): return np.repeat(_eight(np.asarray(im))[..., None], 3, 2)
+    if im.mode == 'F' or im.mode.startswith('I'): return np.repeat(_eight(np.asarray(im))[..., None], 3, 2)
     if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in im.info:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
@@ -66,38 +69,38 @@ def _from_pil(im) -> Picture:
     return Picture(_rgb(im), several + turned)
 
 @contextmanager
-def _named(): # whatever a decoder raises, as one `KdocrError`
-    try: yield
+def _decoding(): # whatever a decoder raises, as one `KdocrError`; what it warns of (broken EXIF, a size that `_sized` is stricter with) is no news
+    try:
+        with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield
     except KdocrError: raise
-    except Image.UnidentifiedImageError: raise KdocrError(f'no picture ({", ".join(FORMATS)})') from None
+    except Image.UnidentifiedImageError: raise KdocrError(f'no picture, or in none of the formats {", ".join(FORMATS)}') from None
     except Image.DecompressionBombError: raise KdocrError(f'more than {LARGEST/1e6:.0f} million pixels are not decoded: cut out the plate') from None
-    except OSError as e: raise KdocrError(e.strerror or f'damaged ({e})') from None
-    except Exception as e: raise KdocrError(f'damaged ({type(e).__name__}: {e})') from None # decoders have ten kinds for a damaged file
+    except OSError as e: raise KdocrError(e.strerror or f'damaged: {e}') from None
+    except Exception as e: raise KdocrError(f'damaged: {type(e).__name__}: {e}') from None # decoders have ten kinds for a damaged file
 
 def _from_file(path) -> Picture:
+    if not os.fspath(path): raise KdocrError('an empty path')
     p = Path(path)
     if not p.is_file(): raise KdocrError('no such file' if not p.exists() else 'a folder' if p.is_dir() else 'not a regular file')
     if not p.stat().st_size: raise KdocrError('empty file (0 bytes)')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning) # `_sized` is stricter
-        with Image.open(p, formats=FORMATS) as im:
-            _sized(im.height, im.width)
-            if im.format == 'PNG' and (what := _broken(p.read_bytes())): raise KdocrError(what) # Pillow looks at no check sum
-            return _from_pil(im)
+    with Image.open(p, formats=FORMATS) as im:
+        _sized(im.height, im.width)
+        if im.format == 'PNG' and (what := _broken(p.read_bytes())): raise KdocrError(what) # Pillow looks at no check sum
+        return _from_pil(im)
 
 # %% ../nbs/60_reader.ipynb #0007
-def picture(source # a path, a PIL image, or an array: (h,w) grey, (h,w,3) RGB or (h,w,4) RGBA, uint8 or uint16
+def picture(source # a path, a PIL image, or an array: (h,w) grey, (h,w,3) RGB or (h,w,4) RGBA; uint8, uint16, or floats from 0 to 1
            ) -> Picture:
     "The picture as the network was trained to see one. Raises `KdocrError` that says what is wrong, without the source's name."
     if isinstance(source, (str, os.PathLike, Image.Image)):
-        with _named(): return _from_pil(source) if isinstance(source, Image.Image) else _from_file(source)
-    if not isinstance(source, np.ndarray): raise KdocrError(f'{type(source).__name__} is no picture: give a path, a PIL image or an array')
-    if source.dtype == bool: source = source.astype(np.uint8)*255
-    if source.dtype not in (np.uint8, np.uint16): raise KdocrError(f'pixels of type {source.dtype}; uint8 or uint16 is needed')
+        with _decoding(): return _from_pil(source) if isinstance(source, Image.Image) else _from_file(source)
+    if not isinstance(source, np.ndarray): raise KdocrError(f'{type(source).__name__} is no picture: give a path, a PIL image or a numpy array')
+    if source.dtype == bool: source = source.astype(float)
+    if source.dtype.kind != 'f' and source.dtype not in ('u1', '<u2', '>u2'): raise KdocrError(f'pixels of type {source.dtype}; needed are uint8, uint16, or floats from 0 to 1')
     x = source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source
     if not (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (3, 4)): raise KdocrError(f'an array of shape {source.shape}; a picture is (height, width), or (height, width, 3) in RGB')
     _sized(*x.shape[:2])
-    x = _eight(x) if x.dtype == np.uint16 else x
+    if x.dtype != np.uint8: x = _eight(x)
     return Picture(_rgb(Image.fromarray(np.ascontiguousarray(x))), ())
 
 # %% ../nbs/60_reader.ipynb #000a
@@ -113,7 +116,7 @@ def _printable(path) -> str: return os.fsencode(path).decode('utf-8', 'replace')
 
 def _track(folder:str, names:list[str]) -> Item|None: # None where the folder is no track
     found = [(m[1].lower(), int(m[2]), n) for n in names if (m := _FRAME.fullmatch(n)) and m[3].lower() in SUFFIXES]
-    if not found and not os.path.basename(folder).lower().startswith('track_'): return None
+    if not found and not Path(folder).name.lower().startswith('track_'): return None
     kind = 'hr' if found and all(k == 'hr' for k, _, _ in found) else 'lr'
     frames, twice = {}, []
     for k, i, name in found:
@@ -123,26 +126,55 @@ def _track(folder:str, names:list[str]) -> Item|None: # None where the folder is
     gone = [f'{kind}-{i:03d}: missing' for i in range(1, FRAMES + 1) if i not in frames]
     return Item(_printable(folder), [os.path.join(folder, frames[i]) for i in sorted(frames)], (*gone, *twice))
 
-def _walk(folder) -> Iterator[Item]:
-    wrong, empty = [], True
-    for here, below, names in os.walk(folder, onerror=lambda e: wrong.append(Item(_printable(e.filename), [], (e.strerror,)))):
-        track = _track(here, sorted(names))
-        below[:] = [] if track else sorted(b for b in below if not b.startswith('.'))
-        found = [track] if track else [Item(_printable(p), [p]) for n in sorted(names) if not n.startswith('.') and Path(n).suffix.lower() in SUFFIXES for p in [os.path.join(here, n)]]
-        empty = empty and not found
-        yield from found
-    yield from wrong
-    if empty and not wrong: yield Item(_printable(folder), [], ('no pictures in it',))
+
+# %% ../nbs/60_reader.ipynb #105f0647
+def _inside(folder:str, above:tuple[str, ...]=()) -> Iterator[Item]: # above: the real names of the folders that led here
+    real = os.path.realpath(folder)
+    if any(f'{a}/'.startswith(f'{real.rstrip("/")}/') for a in above): return # a link that leads back up
+    try:
+        with os.scandir(folder) as found: entries = sorted(found, key=lambda e: e.name)
+    except OSError as e: yield Item(_printable(folder), [], (e.strerror,)); return
+    below = [e for e in entries if e.is_dir(follow_symlinks=False) or e.is_symlink() and os.path.isdir(e.path)]
+    folders = {e.name for e in below}
+    names = [e.name for e in entries if e.name not in folders]
+    if track := _track(folder, names): yield track; return
+    for name in names:
+        path = os.path.join(folder, name)
+        if not name.startswith('.') and Path(name).suffix.lower() in SUFFIXES: yield Item(_printable(path), [path])
+    for e in below:
+        if not e.name.startswith('.'): yield from _inside(e.path, (*above, real))
+
+def _folder(folder) -> Iterator[Item]:
+    found = _inside(os.fspath(folder))
+    yield next(found, Item(_printable(folder), [], ('no pictures in it',)))
+    yield from found
+
+# %% ../nbs/60_reader.ipynb #6426eec7
+def _listed(path) -> Iterator[Item]: # what a CSV names: a track's rows together, any other row alone
+    tracks = {}
+    try: rows = _rows(Path(path))
+    except KdocrError as e: yield Item(_printable(path), [], (str(e).removeprefix(f'{path}: '),)); return
+    for line, _, row in rows:
+        file = row['lr'] or row['image'] or row['hr']
+        where = os.path.join(os.path.dirname(path), file) if file else ''
+        tracks.setdefault(row['track'] or where or f'{_printable(path)}:{line}', []).extend([where] if file else [])
+    for name, frames in tracks.items(): yield Item(name, frames)
+
 
 # %% ../nbs/60_reader.ipynb #000b
-def items(images # one or a list of: a path, an array, a PIL image; a list inside the list is a track
+def _several(x) -> bool: return isinstance(x, (list, tuple)) and not isinstance(x, Item) or isinstance(x, np.ndarray) and x.ndim > 3
+
+def items(images # one, or a list or an iterator, of: a path, an array, a PIL image; a list inside the list is a track
          ) -> Iterator[Item]:
     "The plates to read, in order; folders are walked in the order of their names."
-    for i, one in enumerate(images if isinstance(images, (list, tuple)) else [images]):
+    for i, one in enumerate(images if _several(images) or isinstance(images, Iterator) else [images]):
+        named = isinstance(one, (str, os.PathLike))
         if isinstance(one, Item): yield one
-        elif isinstance(one, (list, tuple)): yield Item(f'track {i}', list(one))
-        elif isinstance(one, (str, os.PathLike)) and os.path.isdir(one): yield from _walk(os.fspath(one))
-        else: yield Item(_printable(one) if isinstance(one, (str, os.PathLike)) else f'image {i}', [one])
+        elif _several(one): yield Item(f'track {i}', list(one))
+        elif named and os.path.isdir(one): yield from _folder(one)
+        elif named and os.path.isfile(one) and Path(one).suffix.lower() == '.csv': yield from _listed(one)
+        else: yield Item(_printable(one) if named else f'image {i}', [one])
+
 
 # %% ../nbs/60_reader.ipynb #000e
 class Network(NamedTuple):
@@ -154,11 +186,14 @@ class Network(NamedTuple):
 _CARD = {'charset': str, 'height': int, 'width': int, 'frames': int}
 
 def _card(path, about) -> dict: # raises KdocrError where something is wrong with it
-    wrong = [k for k, kind in _CARD.items() if not isinstance(about.get(k), kind) or isinstance(about.get(k), bool)]
-    good = lambda t: isinstance(t, (int, float)) and np.isfinite(t) and t > 0
-    if not all(map(good, [about.get('temperature', 1.), *(about.get('temperatures') or [])])): wrong.append('temperature')
+    def positive(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < inf
+    each, own = about.get('temperatures') or [], about.get('layouts')
+    wrong = [k for k, kind in _CARD.items() if not isinstance(about.get(k), kind) or kind is int and not positive(about[k])]
+    if not isinstance(each, list) or not all(map(positive, [about.get('temperature', 1.), *each])): wrong.append('temperature')
+    if not (own is None or isinstance(own, str) or isinstance(own, list) and all(isinstance(x, str) for x in own)): wrong.append('layouts')
     if wrong: raise KdocrError(f'{path}: its card is not whole: {", ".join(wrong)}')
-    Charset(about['charset'])
+    try: Charset(about['charset'])
+    except KdocrError as e: raise KdocrError(f'{path}: {e}') from None
     return about
 
 def _torch(path, device, threads) -> Network:
@@ -211,21 +246,34 @@ def shipped() -> Path:
     if not path.is_file(): raise KdocrError(f'{path}: no reader came with this installation; name a checkpoint (--ckpt FILE)')
     return path
 
+def weights_file(path:str|Path # a .pth checkpoint, an ONNX file or a run folder
+                ) -> Path:
+    "The file itself; of a run folder its best checkpoint. Raises `KdocrError` where there is none."
+    path = Path(path).expanduser()
+    best = path/'checkpoints'/'best.pth'
+    if path.is_file(): return path
+    if best.is_file(): return best
+    raise KdocrError(f'{path}: {"a folder without checkpoints/best.pth" if path.is_dir() else "not a regular file" if path.exists() else "no such checkpoint"}')
+
 def load_network(path:str|Path|None=None, # a .pth checkpoint, an ONNX file or a run folder; None: the shipped reader
                  device:str='auto',       # auto, cpu or cuda
                  threads:int=0            # of the CPU; 0: OMP_NUM_THREADS, else all
                 ) -> Network:
     "The network in a file. Raises `KdocrError` naming a file that is none of ours."
-    path = shipped() if path is None else Path(path).expanduser()
-    if path.is_dir() and (path/'checkpoints').is_dir(): path = path/'checkpoints'/'best.pth'
-    if not path.is_file(): raise KdocrError(f'{path}: {"a folder without checkpoints/best.pth" if path.is_dir() else "no such checkpoint"}')
-    with open(path, 'rb') as f: head = f.read(4)
+    path = shipped() if path is None else weights_file(path)
+    try:
+        with open(path, 'rb') as f: head = f.read(4)
+    except OSError as e: raise KdocrError(f'{path}: {e.strerror}') from None
     return (_torch if head == b'PK\x03\x04' or path.suffix in ('.pth', '.pt', '.ckpt') else _onnx)(path, device, threads)
 
 # %% ../nbs/60_reader.ipynb #0013
+def one_line(text:str) -> str:
+    "The text with everything escaped that would end a line or move a terminal's cursor: names of files may hold it."
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 @dataclass(frozen=True)
 class Record:
-    "What was read from one picture or track."
+    "What was read from one picture or track; as a string one line."
     path:str                          # as it was given; `image 3`, `track 3` for what has no name
     text:str=''                       # '' where nothing could be read
     confidence:float=0.               # probability of the text, calibrated; of a constrained reading: among the texts that fit
@@ -238,7 +286,7 @@ class Record:
 
     def __str__(self):
         said = '; '.join([self.error]*bool(self.error) + [*self.left_out, *self.notes])
-        return f'{self.text or "-":<9} {self.confidence:6.1%}  {self.layout or "-":<9} {self.frames:>2}  {self.path}' + (f'  ({said})' if said else '')
+        return one_line(f'{self.text or "-":<9} {self.confidence:6.1%}  {self.layout or "-":<9} {self.frames:>2}  {self.path}' + (f'  ({said})' if said else ''))
 
 class How(NamedTuple):
     "How plates are read: all settled."
@@ -279,58 +327,65 @@ class _Settled:
         return How(decoder, layout if decoder == 'constrained' else '', frames if frames != 'auto' else 'attention' if fuses else 'sum')
 
 # %% ../nbs/60_reader.ipynb #0018
+_AT_ONCE = 320 # pictures in the network, at most: 64 tracks of five
+
 class _Joins(_Settled):
     def _run(self, x): # (n,f,H,W,3) uint8 -> (n,t,c) logits
-        return np.concatenate([self.net.run(np.ascontiguousarray((part/np.float32(127.5) - 1).transpose(0, 1, 4, 2, 3))) for part in np.array_split(x, -(-len(x)*x.shape[1]//320))])
+        parts = np.array_split(x, ceil(len(x)*x.shape[1]/_AT_ONCE))
+        return np.concatenate([self.net.run(np.ascontiguousarray((part/np.float32(127.5) - 1).transpose(0, 1, 4, 2, 3))) for part in parts])
 
-    def _said(self, log_probs, frames): return log_softmax(log_probs/self.temperature(frames))
+    def _calibrated(self, log_probs, frames): return log_softmax(log_probs/self.temperature(frames))
 
-    def _each(self, plates): # log-probabilities of each plate's frames, (f,t,c)
+    def _singly(self, plates): # log-probabilities of each plate's frames, (f,t,c)
         return np.split(log_softmax(self._run(np.concatenate(plates)[:, None])), np.cumsum([len(p) for p in plates])[:-1])
 
     def log_probs(self, plates:list[np.ndarray], # (f,H,W,3) uint8 each, of the network's size
                   frames:str                     # sum or attention
                  ) -> np.ndarray:                # (b,t,c)
         "What is said of each plate's frames together, calibrated."
-        if frames == 'sum': return np.stack([self._said(sum_frames(x), len(x)) for x in self._each(plates)])
+        if frames == 'sum': return np.stack([self._calibrated(sum_frames(x), len(x)) for x in self._singly(plates)])
         out = [None]*len(plates)
         for f in {len(p) for p in plates}: # so many are seen at once
             at = [i for i, p in enumerate(plates) if len(p) == f]
-            for i, lp in zip(at, self._said(self._run(np.stack([plates[i] for i in at])), f)): out[i] = lp
+            for i, lp in zip(at, self._calibrated(self._run(np.stack([plates[i] for i in at])), f)): out[i] = lp
         return np.stack(out)
 
     def _together(self, plates, how) -> list[Reading]: return self._decoded(self.log_probs(plates, how.frames), how)
 
     def _vote(self, plates, how) -> list[Reading]:
-        x, owner = self._said(np.concatenate(self._each(plates)), 1), np.repeat(np.arange(len(plates)), [len(p) for p in plates])
+        x, owner = self._calibrated(np.concatenate(self._singly(plates)), 1), np.repeat(np.arange(len(plates)), [len(p) for p in plates])
         def by_plate(readings): return [[r for r, o in zip(readings, owner) if o == i] for i in range(len(plates))]
         won = [vote([r.text for r in rs], [r.confidence for r in rs]) for rs in by_plate(self._decoded(x, how))]
-        return [shared(rs) for rs in by_plate(weigh(x, [won[o] for o in owner], self.charset, how.layout))]
+        return [averaged(rs) for rs in by_plate(weigh(x, [won[o] for o in owner], self.charset, how.layout))]
 
     def _decoded(self, log_probs, how) -> list[Reading]:
         return weigh(log_probs, decode(log_probs, self.charset, how.decoder, how.layout), self.charset, how.layout)
 
 # %% ../nbs/60_reader.ipynb #0019
-class Reader(_Joins):
-    "Reads pictures of plates: `Reader.load().read('plate.png')`."
+class _Opens(_Joins):
     def _look(self, item:Item) -> tuple[list, Record]: # frames (H,W,3) uint8, and the record so far
-        got, left, notes = [], [], []
+        got, left, notes, why = [], [*item.left_out], [], 'no frames'
         for i, source in enumerate(item.frames):
             try: pixels, said = picture(source)
-            except KdocrError as e: left.append((_printable(os.path.basename(source)) if isinstance(source, (str, os.PathLike)) else f'frame {i + 1}', str(e))); continue
+            except KdocrError as e:
+                why = str(e)
+                left.append(f'{_printable(os.path.basename(source)) if isinstance(source, (str, os.PathLike)) else f"frame {i + 1}"}: {why}')
+                continue
             got.append(fit(pixels, self.about['height'], self.about['width']))
             notes += [n for n in said if n not in notes]
-        alone, out = len(item.frames) == 1 and not item.left_out, (*item.left_out, *(f'{name}: {why}' for name, why in left))
-        if got: return got, Record(item.name, frames=len(got), left_out=out, notes=tuple(notes))
-        return got, Record(item.name, error=left[0][1] if alone else '; '.join(out) or 'no frames')
+        if got: return got, Record(item.name, frames=len(got), left_out=tuple(left), notes=tuple(notes))
+        return got, Record(item.name, error='; '.join(left) if item.left_out or len(item.frames) > 1 else why) # a picture's name is its record's
 
-    def _some(self, some:list[Item], how:How) -> list[Record]:
+    def _batch(self, some:list[Item], how:How) -> list[Record]:
         seen = [self._look(i) for i in some]
         plates = [np.stack(x) for x, _ in seen if x]
         said = iter((self._vote if how.frames == 'vote' else self._together)(plates, how) if plates else ())
         def filled(r): text, sure, chars = next(said); return replace(r, text=text, confidence=sure, char_confidence=chars, layout=layout_of(text) or '')
         return [filled(r) if x else r for x, r in seen]
 
+# %% ../nbs/60_reader.ipynb #5c2fb085
+class Reader(_Opens):
+    "Reads pictures of plates: `Reader.load().read('plate.png')`."
     def stream(self, images, # as `items` takes them
                decoder:str='constrained', # greedy, beam or constrained
                layout:str='auto',  # of a constrained reading: a name in `LAYOUTS`, either, patterns, or free
@@ -341,7 +396,7 @@ class Reader(_Joins):
         how = self.settle(decoder, layout, frames)
         if batch < 1: raise KdocrError(f'batch {batch}: at least 1 is needed')
         left = iter(items(images))
-        return (r for some in iter(lambda: list(islice(left, batch)), []) for r in self._some(some, how))
+        return (r for some in iter(lambda: list(islice(left, batch)), []) for r in self._batch(some, how))
 
     def read(self, images, decoder:str='constrained', layout:str='auto', frames:str='auto', batch:int=64) -> list[Record]: # as `stream` has them
         "A record a plate."
@@ -361,10 +416,34 @@ def _lines(records, shape:str) -> Iterator[str]: # without their ends
 
 def _csv(values) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator='').writerow(list(values))
-    return out.getvalue()
+    csv.writer(out).writerow(values) # what it takes for an end of line, it puts between quotes: \r\n guards both
+    return out.getvalue().removesuffix('\r\n')
 
 # %% ../nbs/60_reader.ipynb #0021
+def _shape(asked:str, out:Path|None) -> str: # a name in `SHAPES`
+    if asked:
+        if asked not in SHAPES: raise KdocrError(f'format {asked!r}{nearest(asked, SHAPES)}')
+        return asked
+    suffix = out.suffix[1:].lower() if out else ''
+    if suffix in ('', 'txt'): return 'table'
+    if suffix not in SHAPES: raise KdocrError(f'{out}: format {suffix!r}{nearest(suffix, SHAPES)}')
+    return suffix
+
+def _terminal(f) -> bool: return f is not None and f.isatty() # None: closed before we began
+
+@contextmanager
+def _opened(out:Path|None): # yields a text file: whole or absent in the end
+    try:
+        if out is None: yield sys.stdout
+        elif out.exists() and not out.is_file():                # a pipe, /dev/null: to be written to, and not to be replaced
+            with open(out, 'w', encoding='utf-8') as f: yield f
+        else:
+            with atomic_write(os.path.realpath(out)) as tmp, open(tmp, 'w', encoding='utf-8') as f: yield f # a link stays one
+    except BrokenPipeError: raise # whoever read us has enough
+    except OSError as e: raise KdocrError(f'{out or "standard output"}: could not be written ({e.strerror})') from None
+
+
+# %% ../nbs/60_reader.ipynb #0b20e856
 def read_paths(paths:list,         # pictures, tracks and folders
                ckpt=None,          # as `load_network` takes it
                decoder:str='constrained', layout:str='auto', frames:str='auto', batch:int=64,
@@ -373,26 +452,21 @@ def read_paths(paths:list,         # pictures, tracks and folders
                device:str='auto', threads:int=0
               ) -> int:            # how many plates could not be read
     "Read everything, write a record each; what cannot be read is also said on standard error, and the rest goes on."
-    suffix = out.suffix[1:].lower() if out else ''
-    shape = shape or (suffix if suffix in SHAPES else 'table')
-    if shape not in SHAPES: raise KdocrError(f'format {shape!r}{nearest(shape, SHAPES)}')
+    shape, bad = _shape(shape, out), 0
     if out and out.is_dir(): raise KdocrError(f'{out}: a folder, where a file is to be written')
-    todo, bad = list(items(list(paths))), 0                # names alone; pictures are opened a batch at a time
-    read = Reader.load(ckpt, device, threads).stream(todo, decoder, layout, frames, batch)
+    reader, todo = Reader.load(ckpt, device, threads), list(items(list(paths)))              # names alone; pictures are opened a batch at a time
+    seen = out is None and _terminal(sys.stdout)                                             # a table that scrolls by is its own progress,
+    tell = not (seen and shape == 'table' and _terminal(sys.stderr))                         # and says itself what could not be read
     def noted(records, bar):
         nonlocal bad
         for r in records:
             bar.update()
-            if r.error: bad += 1; bar.write(f'kdocr: {r.path}: {r.error}', file=sys.stderr)
+            bad += bool(r.error)
+            if r.error and tell: bar.write(one_line(f'kdocr: {r.path}: {r.error}'), file=sys.stderr)
             yield r
-    quiet = len(todo) <= batch or (out is None and sys.stdout.isatty()) # a table that scrolls by is its own progress
-    with progress(total=len(todo), desc='reading', disable=quiet) as bar, _opened(out) as f:
-        for line in _lines(noted(read, bar), shape): print(line, file=f)
+    records = reader.stream(todo, decoder, layout, frames, batch)
+    with progress(total=len(todo), desc='reading', disable=seen or len(todo) <= batch) as bar, _opened(out) as f:
+        for line in _lines(noted(records, bar), shape): print(line, file=f)
+        if f: f.flush() # a full disk is met here, if at all
     return bad
 
-@contextmanager
-def _opened(out): # yields a text file: whole or absent in the end
-    if out is None: yield sys.stdout; return
-    try:
-        with atomic_write(out) as tmp, open(tmp, 'w', encoding='utf-8') as f: yield f
-    except OSError as e: raise KdocrError(f'{out}: could not be written ({e.strerror})') from None

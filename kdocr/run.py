@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'LOOK', 'FREE', 'describe', 'plate_ids', 'shared_plates', '
            'RunFolder']
 
 # %% ../nbs/40_run.ipynb #0002
-import json, platform, resource, shutil, subprocess, sys, time
+import json, pickle, platform, resource, shutil, subprocess, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -62,7 +62,10 @@ def load_checkpoint(path:str|Path) -> dict: # tensors on the CPU
     "The checkpoint's dict. Raises `KdocrError` naming the file where it is missing, damaged, or no checkpoint of ours."
     path = Path(path)
     if not path.is_file(): raise KdocrError(f'{path}: no such checkpoint')
-    try: ckpt = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with warnings.catch_warnings(): warnings.simplefilter('ignore'); ckpt = torch.load(path, map_location='cpu', weights_only=True) # it warns of a pickle's age, and then refuses it
+    except PermissionError as e: raise KdocrError(f'{path}: {e.strerror}') from None
+    except pickle.UnpicklingError: raise KdocrError(f'{path}: damaged, or no checkpoint; code that is pickled in it is never run') from None
     except Exception as e: # torch's zip reader and unpickler raise ten kinds for a damaged file
         raise KdocrError(f'{path}: damaged, or no checkpoint ({type(e).__name__})') from None
     if not isinstance(ckpt, dict) or ckpt.get('format') != FORMAT or not _KEYS <= ckpt.keys(): raise KdocrError(f'{path}: not a kdocr checkpoint of format {FORMAT}')

@@ -20,7 +20,7 @@ def test_help_of_each(command, capsys):
 @pytest.mark.parametrize('args, said', [
     ([], 'COMMAND'), (['dmeo'], "invalid choice: 'dmeo'"), (['demo', '--fast'], '--fast'), (['demo', '--cores', 'two'], 'two'),
     (['run', 'train_kdd'], "notebook train_kdd: no such file: did you mean 'train_kd'?"), (['run', 'train_kd', '-p', 'step', '9'], "no parameter 'step': did you mean 'steps'?"),
-    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere'), (['sweep', 'f.yaml', '--gpus', '-1'], '--gpus'), (['synth', 'd', '--tracks', '-5'], '--tracks'), (['compare'], 'RUN'), (['compare', '/nowhere'], '/nowhere: not a run folder')])
+    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere'), (['sweep', 'f.yaml', '--gpus', '-1'], '--gpus'), (['synth', 'd', '--tracks', '-5'], '--tracks'), (['check', ''], 'argument DATA: an empty path'), (['submit', ''], 'argument TESTDIR: an empty path'), (['export', 'x', '--data', ''], 'argument --data: an empty path'), (['compare'], 'RUN'), (['compare', '/nowhere'], '/nowhere: not a run folder')])
 def test_a_mistake_is_one_line_and_status_2(args, said, capfd):
     assert main(args) == 2
     out, err = capfd.readouterr()
@@ -73,3 +73,12 @@ def test_compare_without_a_gain_draws_nothing(results, tmp_path, capsys):
 def test_compare_refuses_in_one_line(results, tmp_path, capsys, args, said):
     assert main(['compare', *(a.replace('RESULTS', str(results)) for a in args), '--out', str(tmp_path/'c')]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path/'c').exists()
+
+def test_a_pipe_is_never_replaced(tmp_path):
+    "As root, `--out /dev/null` would otherwise take the device away."
+    import os
+    from kdocr.core import atomic_write
+    os.mkfifo(tmp_path/'pipe')
+    with pytest.raises(OSError, match='not a regular file'):
+        with atomic_write(tmp_path/'pipe') as tmp: tmp.write_text('x')
+    assert [p.name for p in tmp_path.iterdir()] == ['pipe'] and (tmp_path/'pipe').is_fifo()

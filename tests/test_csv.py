@@ -127,6 +127,16 @@ def test_columns(tmp_path, columns, said):
     with pytest.raises(KdocrError, match=rf'x\.csv: .*{said}'): index(write(tmp_path/'x.csv', [], columns))
 
 
+def test_columns_in_capitals(words):
+    write(words, [f'près/{i}.png,loin/{i}.jpg,{w}' for i, w in enumerate(WORDS)], 'HR, LR ,Text')
+    assert not index(words).faults and len(index(words).train) == 12
+
+
+@pytest.mark.parametrize('mark', [';', '\t', '|'])
+def test_cells_that_no_comma_divides(tmp_path, mark):
+    with pytest.raises(KdocrError, match='x.csv: its cells are divided by .*; a comma is needed'): index(write(tmp_path/'x.csv', [], f'hr{mark}lr{mark}text'))
+
+
 def test_not_a_csv(tmp_path):
     (tmp_path/'x.csv').write_bytes(b'hr,lr,text\n\xff,a,b\n')
     with pytest.raises(KdocrError, match='x.csv: not a CSV in UTF-8'): index(tmp_path/'x.csv')
@@ -140,6 +150,18 @@ def test_bad_rows_are_named_with_their_line(words):
     assert faults(words) == ['3: près/99.png: No such file or directory', '4: the text is empty', '5: empty.png: empty file (0 bytes)', '6: loin/0.jpg stands on line 2 already', '7: no path under hr',
                              "8: split 'vall': did you mean 'val'?", '9: 2 cells, the header has 5', '9: the text is empty', "11: text 'bb', but an earlier row of track 't' has 'ab'"]
     assert not found.train # the first picture stands on two lines: nobody knows which is meant
+
+
+def test_a_path_that_no_file_can_have(words):
+    write(words, ['près/0\0.png,loin/0.jpg,ab', 'près/1.png'])
+    assert faults(words) == ['2: près/0\0.png: no path: there is a NUL in it', '3: 1 cell, the header has 3', '3: the text is empty', '3: no path under lr']
+
+
+def test_a_name_on_disk_is_taken_as_it_is(words):
+    "A decomposed ü in a file's name is not the composed one; in a text it is."
+    picture(words.parent/'u\u0308.png', 'nu', (120, 40))
+    found = index(write(words, ['u\u0308.png,e\u0301te\u0301'], 'image,text'))
+    assert not found.faults and found.train[0].text == 'été'
 
 
 def test_more_than_five_frames(words):

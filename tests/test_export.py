@@ -127,7 +127,17 @@ def test_a_run_folder_stands_for_its_best_checkpoint(tiny, tmp_path, capsys):
     (tmp_path/'run'/'checkpoints').mkdir(parents=True)
     shutil.copy(tiny[0], tmp_path/'run'/'checkpoints'/'best.pth')
     assert main(['export', str(tmp_path/'run'), '--data', drawn()]) == 0 and (tmp_path/'run'/'checkpoints'/'best.onnx').exists()
-    assert main(['export', str(tmp_path)]) == 2 and 'checkpoints/best.pth: no such checkpoint' in capsys.readouterr().err
+    assert main(['export', str(tmp_path)]) == 2 and 'a folder without checkpoints/best.pth' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('args, said', [(['FILE', '--out', 'HERE'], 'HERE: a folder, where a file is to be written'), (['FILE', '--out', 'FILE'], 'tiny.pth: what is written is an .onnx'),
+                                        (['HERE/x.onnx'], 'HERE/x.onnx: an ONNX file already; export takes a checkpoint (.pth)'), (['HERE/nowhere'], 'HERE/nowhere: no such checkpoint')])
+def test_what_is_refused_before_anything_is_compared(args, said, tiny, tmp_path, capsys):
+    (tmp_path/'x.onnx').touch()
+    before = tiny[0].read_bytes()
+    assert main(['export', *(a.replace('FILE', str(tiny[0])).replace('HERE', str(tmp_path)) for a in args)]) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and said.replace('HERE', str(tmp_path)) in err and err.count('\n') == 1 and tiny[0].read_bytes() == before
 
 
 def test_half_keeps_what_16_bits_cannot_hold(tiny):

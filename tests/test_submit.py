@@ -13,6 +13,7 @@ from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.decode import log_softmax
+from kdocr.icpr import index
 from kdocr.reader import Network, Reader, picture
 from kdocr.restran import make_model
 from kdocr.run import describe, save_checkpoint
@@ -66,6 +67,14 @@ def test_the_tracks_of_the_test_part(competition):
     with pytest.raises(KdocrError, match="a submission is of a folder in the competition's layout"): asked_tracks(competition/'x.csv')
 
 
+def test_tracks_that_nobody_labels_are_a_test_part_by_any_name(competition, tmp_path, capsys):
+    blind = shutil.copytree(competition/'test', tmp_path/'blind')
+    assert [t.key for t in asked_tracks(blind)] == KEYS
+    assert main(['submit', str(blind), '--ckpt', str(checkpoint(tmp_path/'a.pth')), '--out', str(tmp_path/'s.zip')]) == 0 and len(lines(tmp_path/'s.zip')) == 3
+    shutil.copytree(next(competition.glob('train/*/*/track_*')), blind/'track_00001')
+    with pytest.raises(KdocrError, match='no test tracks in it .expected test/.* or tracks without annotations'): asked_tracks(blind)
+
+
 # ---------------------------------------------------------------- what is refused
 @pytest.mark.parametrize('text', [GOOD, GOOD.replace('\n', '\r\n'), GOOD.rstrip('\n'), GOOD.replace('0.5000', '1'), GOOD.replace('0.5000', '0'), GOOD.replace('0.5000', '9.9e-05'), GOOD.replace('ABC1D23', 'ABC1234')])
 def test_what_is_accepted(competition, tmp_path, text):
@@ -84,6 +93,8 @@ def test_what_is_accepted(competition, tmp_path, text):
     *((f'track_20002,ABC1D23;0.5000', f'track_20002,ABC1D23;{x}', [f"line 2: track_20002: confidence '{x}' is no number from 0 to 1"]) for x in ('nan', 'inf', '-0.1', '1.0001', '', 'high', ' 0.5', '0_5', '1e999', '0x1')),
     ('track_20002,ABC1D23;0.5000', 'track_20002;ABC1D23,0.5', ["line 2: 'track_20002;ABC1D23,0.5' is not `track,text;confidence`", 'track_20002: missing']),
     ('track_20003', '\ntrack_20003', ["line 3: '' is not `track,text;confidence`"]),
+    ('track_20002,ABC1D23;0.5000', 'track_20002,' + 'x'*3000 + ';0.5', ["line 2: track_20002: '" + 'x'*76 + "...' is no plate"]),
+    ('track_20002,ABC1D23;0.5000', 'x'*3000, ["line 2: '" + 'x'*76 + "...' is not `track,text;confidence`", 'track_20002: missing']),
     (GOOD, '', ["line 1: '' is not", 'track_20001: missing', 'track_20002: missing', 'track_20003: missing'])])
 def test_lines(competition, tmp_path, old, new, said):
     assert GOOD.count(old) == 1
@@ -93,7 +104,7 @@ def test_lines(competition, tmp_path, old, new, said):
 
 @pytest.mark.parametrize('make, said', [
     (lambda p: packed(p, None), '0 files in it (none); asked is one, a .txt'),
-    (lambda p: packed(p, name='s.csv'), '1 files in it (s.csv)'),
+    (lambda p: packed(p, name='s.csv'), 's.csv in it; asked is a .txt, and in no folder'), (lambda p: packed(p, name='mine/s.txt'), 'mine/s.txt in it; asked is a .txt, and in no folder'), (lambda p: packed(p, name='../s.txt'), 'in no folder'),
     (lambda p: packed(p, **{'b.txt': GOOD}), '2 files in it (submission.txt, b.txt)'),
     (lambda p: packed(p, **{'__MACOSX/._submission.txt': 'x'}), '2 files in it'),
     (lambda p: p.write_text(GOOD), 'no zip, or a damaged one'), (lambda p: p.write_bytes(b''), 'no zip'),
@@ -101,11 +112,23 @@ def test_lines(competition, tmp_path, old, new, said):
     (lambda p: p.write_bytes(packed(p).read_bytes().replace(b'ABC1D23', b'ABC1D24')), 'no zip, or a damaged one'), # its check sum tells
     (lambda p: packed(p, '\ufeff' + GOOD), 'line 1: a character that no plate has (byte 0xef)'),
     (lambda p: packed(p, GOOD.replace('20002,A', '20002,Á')), 'line 2: a character that no plate has (byte 0xc3)'),
+    (lambda p: packed(p, GOOD.replace('20003', '2000\x1b')), 'line 3: a character that no plate has (byte 0x1b)'), (lambda p: packed(p, GOOD.encode('utf-16-le')), 'line 1: a character that no plate has (byte 0x00)'),
     (lambda p: packed(p, GOOD.encode('utf-16')), 'line 1: a character that no plate has (byte 0xff)')])
 def test_files(competition, tmp_path, make, said):
     make(tmp_path/'s.zip')
     got = faults(tmp_path/'s.zip', competition)
     assert len(got) == 1 and said in got[0]
+
+
+@pytest.mark.parametrize('how', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_whatever_packed_it(competition, tmp_path, how):
+    path = tmp_path/'s.zip'
+    with zipfile.ZipFile(path, 'w') as z: z.writestr('s.txt', GOOD, how)
+    assert faults(path, competition) == []
+    raw = bytearray(path.read_bytes())
+    for i in range(45, 60): raw[i] ^= 0x5a # behind the head
+    path.write_bytes(raw)
+    assert faults(path, competition) == ['no zip, or a damaged one']
 
 
 def test_a_text_that_fills_the_memory_is_not_unpacked(competition, tmp_path):
@@ -182,6 +205,25 @@ def test_submit(competition, tmp_path, capsys):
     assert out.read_bytes() == before
 
 
+def test_the_folder_is_walked_once_and_a_place_is_asked_for_first(competition, tmp_path, monkeypatch):
+    from kdocr import submit as module
+    ckpt, walked, opened = checkpoint(tmp_path/'a.pth'), [], []
+    monkeypatch.setattr(module, 'index', lambda f: (walked.append(f), index(f))[1])
+    monkeypatch.setattr(module, 'picture', lambda p: (opened.append(p), picture(p))[1])
+    submit(competition, [ckpt], tmp_path/'s.zip')
+    assert walked == [competition] and len(opened) == 15
+    (tmp_path/'file').touch()
+    with pytest.raises(KdocrError, match='could not be written'): submit(competition, [ckpt], tmp_path/'file'/'s.zip')
+    assert len(opened) == 15 # nothing was read in vain
+
+
+def test_what_fails_its_own_check_is_not_left(competition, tmp_path, monkeypatch):
+    from kdocr import submit as module
+    monkeypatch.setattr(module, 'read_together', lambda readers, tracks: [('ABC', .5, ())]*len(tracks))
+    with pytest.raises(KdocrError, match="s.zip: not written, line 1: track_20001: 'ABC' is no plate"): submit(competition, [checkpoint(tmp_path/'a.pth')], tmp_path/'s.zip')
+    assert {p.name for p in tmp_path.iterdir()} == {'a.pth', 'LRLPR-26'}
+
+
 def test_frames_that_cannot_be_read(competition, tmp_path, capsys):
     ckpt, out = checkpoint(tmp_path/'a.pth'), tmp_path/'s.zip'
     (competition/'test/track_20001/lr-002.jpg').write_bytes(b'no picture')
@@ -202,6 +244,8 @@ def test_frames_that_cannot_be_read(competition, tmp_path, capsys):
 def test_no_place_to_write(competition, tmp_path):
     ckpt = checkpoint(tmp_path/'a.pth')
     with pytest.raises(KdocrError, match='a folder, where a file is to be written'): submit(competition, [ckpt], tmp_path)
+    with pytest.raises(KdocrError, match='s.txt: a submission is a .zip'): submit(competition, [ckpt], tmp_path/'s.txt')
+    with pytest.raises(KdocrError, match='a.pth: given twice'): submit(competition, [ckpt, str(ckpt)], tmp_path/'s.zip')
     (tmp_path/'file').touch()
     with pytest.raises(KdocrError, match='could not be written'): submit(competition, [ckpt], tmp_path/'file'/'s.zip')
     with pytest.raises(KdocrError, match='nowhere.pth: no such checkpoint'): submit(competition, [tmp_path/'nowhere.pth'], tmp_path/'s.zip')
