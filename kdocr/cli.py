@@ -105,7 +105,7 @@ def read(a):
 # %% ../nbs/69_cli.ipynb #f3def2d0
 _READING = (
     Command(read, 'read plates: pictures, folders of them, tracks of frames; exit status 1 if something could not be read, each named', [
-        arg('paths', nargs='+', type=path, metavar='PATH', help='a picture, a folder with lr-001.png ... (one track), or a folder of all these'),
+        arg('paths', nargs='+', type=path, metavar='PATH', help='a picture, a folder with lr-001.png ... (one track), a folder of all these, or a CSV that lists them'),
         arg('--ckpt', type=path, metavar='FILE', help='a .pth checkpoint, an ONNX file or a run folder (default: the reader that is shipped)'),
         arg('--decoder', default='constrained', metavar='NAME', help='greedy, beam, or constrained: the most probable text that fits the layout (default: constrained)'),
         arg('--layout', default='auto', metavar='LAYOUT', help='Brazilian, Mercosur, either, free, or patterns such as LLLDLDD|LLDD (L letter, D digit, ? any, [AB] one of these) (default: what the reader was trained for)'),
@@ -175,14 +175,13 @@ def _compared(runs, out, control):
 
 # %% ../nbs/69_cli.ipynb #f3da2735
 def sweep(a):
-    from kdocr.jobs import Full, finished
+    from kdocr.jobs import finished
     from kdocr.sweep import faults, load_sweep, sweep
     plan = load_sweep(a.file)
     if a.list: return print(*(f'{j.name}{f" (after {j.needs})" if j.needs else ""}: ' + ', '.join([f'{j.steps} steps'] * j.trains + ['finished'] * finished(plan.out/j.name, j.trains)) for j in plan.jobs), sep='\n')
     ask = {k: v for k in ('time', 'mem', 'partition', 'gpus') if (v := getattr(a, k)) is not None}
     if ask and a.cluster == 'local': raise KdocrError(f'--{next(iter(ask))}: a local sweep asks for nothing; give --cluster slurm with it')
-    try: rows = sweep(plan, a.cores, a.retries, a.cluster, **ask)
-    except Full as e: print(f'kdocr: {e}', file=sys.stderr); return 75 # EX_TEMPFAIL of sysexits.h: try again later
+    rows = sweep(plan, a.cores, a.retries, a.cluster, **ask)
     _concluded(plan, rows)
     for line in faults(rows): print(f'kdocr: {line}', file=sys.stderr)
     return 1 if faults(rows) else 0

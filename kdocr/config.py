@@ -215,9 +215,16 @@ def config_path(name:str|Path # a path, or the name of a shipped config with or 
     raise KdocrError(f'config {name}: no such file{nearest(shipped.stem, [c.stem for c in CONFIGS.glob("*.yaml")])}')
 
 # %% ../nbs/02_config.ipynb #001b
+class _Strict(yaml.SafeLoader): # YAML takes the last of two equal keys, and would lose what stands under the first
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        if twice := [k for k in keys if keys.count(k) > 1]: raise yaml.composer.ComposerError(None, None, f'{twice[0]!r} stands there twice', node.start_mark)
+        return node
+
 def read_yaml(path:str|Path) -> dict:
     "The mapping in a YAML file. Raises `KdocrError` naming the file where it holds anything else."
-    try: values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    try: values = yaml.load(Path(path).read_text(encoding='utf-8'), _Strict)
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise KdocrError(f'{path}: not valid YAML ({" ".join(str(e).split())})') from None
     if not isinstance(values or {}, dict): raise KdocrError(f'{path}: a config is a list of `key: value` lines')
     return values or {}

@@ -32,8 +32,9 @@ def nearest(name:str,     # what was asked for
 @contextmanager
 def atomic_write(path:str|Path # the file's final name; its folder is made where missing
                 ):             # yields the temporary `Path` to write to
-    "Write to a temporary name, then rename; on an error the old file stays and the temporary one goes."
+    "Write to a temporary name, then rename; on an error the old file stays and the temporary one goes. Raises `OSError` for a device or a pipe: it is not ours to replace."
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir(): raise OSError(errno.EINVAL, 'not a regular file', str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
     os.close(fd)

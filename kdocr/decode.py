@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'log_softmax', 'log_prob', 'greedy', 'beam', 'patterns', 'Grammar', 'grammar', 'constrained', 'decode',
-           'log_mass', 'Reading', 'weigh', 'sum_frames', 'vote', 'shared', 'nll', 'fit_temperature']
+           'log_mass', 'Reading', 'weigh', 'sum_frames', 'vote', 'averaged', 'nll', 'fit_temperature']
 
 # %% ../nbs/05_decode.ipynb #0002
 import re
@@ -101,6 +101,7 @@ def _grown(ids, size): # (b,k,k) whether prefix j is prefix i and one character
     same = (ids[:, :, None] == ids[:, None]) | (np.arange(t) >= size[:, :, None, None])
     return same.all(-1) & (size[:, None] == size[:, :, None] + 1)
 
+# %% ../nbs/05_decode.ipynb #a579dd9c
 def beam(log_probs:np.ndarray, # (b,t,c)
          charset:Charset,
          width:int=10          # prefixes that are kept
@@ -140,7 +141,7 @@ def _place(part, pattern, charset) -> np.ndarray: # (c,) bool
         what, chars = f'one of {part}', re.sub(r'(.)-(.)', lambda m: ''.join(map(chr, range(ord(m[1]), ord(m[2]) + 1))), part[1:-1])
         ok = chars.__contains__
     else: raise KdocrError(f'pattern {pattern!r}: {part!r} is no place; known: L (a letter), D (a digit), ? (any character), [ABC] (one of these), | between patterns; '
-                           f'or a layout{nearest(pattern, [*LAYOUTS, "either", "free"])}')
+                           f'or the name of a layout{nearest(pattern, [*LAYOUTS, "either", "free"])}')
     may = np.array([False, *(bool(ok(c)) for c in charset.chars)])
     if not may.any(): raise KdocrError(f'pattern {pattern!r}: nothing in the charset {charset.chars!r} is {what}')
     return may
@@ -223,6 +224,7 @@ def _children(log_probs, ahead, g, ids, q, start): # of prefixes (n of them): bo
     come[r, :, last] = quiet[:, :-1] + ahead[r, :, last]                                 # the last character again needs a blank
     return np.logaddexp.reduce(come, 1), quiet, both
 
+# %% ../nbs/05_decode.ipynb #81c59433
 def _search(log_probs, g, nodes=inf) -> list[tuple]: # classes of the most probable text of each row that fits; after so many nodes, of the nearest one
     ahead, whole = _ahead(log_probs, g)
     if not np.isfinite(whole).all(): raise KdocrError(f'nothing that fits can be said in {log_probs.shape[1]} time steps')
@@ -253,7 +255,9 @@ def constrained(log_probs:np.ndarray, # (b,t,c)
     g, texts = grammar(layout, charset), greedy(log_probs, charset)
     sure = log_prob(log_probs, texts, charset) > -log(2)
     ask = [i for i, (x, s) in enumerate(zip(texts, sure)) if not s or charset.encode(x) not in g]
-    for i, ids in zip(ask, _search(log_probs[ask], g, nodes) if ask else ()): texts[i] = charset.decode(ids)
+    try: found = _search(log_probs[ask], g, nodes) if ask else ()
+    except KdocrError as e: raise KdocrError(f'layout {layout!r}: {e}') from None
+    for i, ids in zip(ask, found): texts[i] = charset.decode(ids)
     return texts
 
 DECODERS = ('greedy', 'beam', 'constrained')
@@ -264,7 +268,8 @@ def decode(log_probs:np.ndarray, charset:Charset,
           ) -> list[str]:
     "The texts, by the decoder's name."
     if decoder not in DECODERS: raise KdocrError(f'decoder {decoder!r}{nearest(decoder, DECODERS)}')
-    return constrained(log_probs, charset, layout) if decoder == 'constrained' else {'greedy': greedy, 'beam': beam}[decoder](log_probs, charset)
+    if decoder == 'constrained': return constrained(log_probs, charset, layout)
+    return (greedy if decoder == 'greedy' else beam)(log_probs, charset)
 
 # %% ../nbs/05_decode.ipynb #0022
 def log_mass(log_probs:np.ndarray, # (b,t,c)
@@ -290,7 +295,7 @@ class Reading(NamedTuple):
     "A text and how sure it is."
     text:str
     confidence:float             # probability of the text; where a layout is given, among the texts that fit it
-    char_confidence:tuple[float] # of each character: its share among those that could stand in its place
+    char_confidence:tuple[float, ...] # of each character: its share among those that could stand in its place
 
 def _may_stand(texts, charset, g) -> np.ndarray: # (b,n,c) bool: whether the text still fits with that class in that place
     ids, size = _padded(texts, charset), _sizes(texts)
@@ -331,9 +336,9 @@ def vote(texts:list[str],         # one a frame
     for x, c in zip(texts, confidence): sure[x] += c
     return max(n, key=lambda x: (n[x], sure[x], x))
 
-def shared(readings:list[Reading] # of one text, a frame each
-          ) -> Reading:
-    "The mean of the frames' confidences."
+def averaged(readings:list[Reading] # of one text, a frame each
+            ) -> Reading:
+    "That text, with the mean of the frames' confidences."
     return Reading(readings[0].text, float(np.mean([r.confidence for r in readings])), tuple(np.mean([r.char_confidence for r in readings], 0).tolist()))
 
 # %% ../nbs/05_decode.ipynb #002a

@@ -141,6 +141,15 @@ def _batches(tracks, kind, ckpt, most:int) -> Iterator[Tensor]: # what the model
         yield x[:, :ckpt['frames']] if ckpt['frames'] > 1 else x
 
 # %% ../nbs/62_export.ipynb #5d9d02b5
+def _places(path, out) -> tuple[Path, Path]: # the checkpoint, and where its ONNX file is to go
+    path = weights_file(path)
+    if path.suffix == '.onnx': raise KdocrError(f'{path}: an ONNX file already; export takes a checkpoint (.pth)')
+    out = Path(out or path.with_suffix('.onnx'))
+    if out.is_dir(): raise KdocrError(f'{out}: a folder, where a file is to be written')
+    if out.suffix != '.onnx': raise KdocrError(f'{out}: what is written is an .onnx')
+    return path, out
+
+# %% ../nbs/62_export.ipynb #6eabffa9
 def export(path:str|Path,          # a checkpoint, or a run folder for its best one
            out:str|Path|None=None, # the ONNX file; None: beside the checkpoint, .onnx
            half:bool=False,        # 16-bit weights
@@ -148,10 +157,7 @@ def export(path:str|Path,          # a checkpoint, or a run folder for its best 
            most:int=300,           # tracks to compare on, at most
           ) -> Path:
     "Write and compare. Raises `KdocrError` for what is no checkpoint, and where the two do not read the same; nothing is then left."
-    path, allowed = weights_file(path), .02 if half else 1e-4
-    if path.suffix == '.onnx': raise KdocrError(f'{path}: an ONNX file already; export takes a checkpoint (.pth)')
-    out = Path(out or path.with_suffix('.onnx'))
-    if out.suffix != '.onnx' or out.is_dir(): raise KdocrError(f'{out}: {"a folder, where a file is to be written" if out.is_dir() else "what is written is an .onnx"}')
+    (path, out), allowed = _places(path, out), .02 if half else 1e-4
     ckpt = load_checkpoint(path)
     model, charset = model_of(ckpt, path), Charset(ckpt['charset'])
     with tempfile.TemporaryDirectory() as place:

@@ -29,8 +29,12 @@ def labelled_folder(folder:str|Path) -> list[Labelled]:
     "The pictures that a folder's `labels.csv` names. Raises `KdocrError` where there is none, or a column or picture is missing."
     file = Path(folder)/'labels.csv'
     if not file.is_file(): raise KdocrError(f'{file}: missing; it names the pictures and their texts (file,text)')
-    rows = list(csv.DictReader(open(file, newline='', encoding='utf-8')))
+    try:
+        with open(file, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
+    except (UnicodeDecodeError, csv.Error) as e: raise KdocrError(f'{file}: not a CSV in UTF-8 ({e})') from None
+    except OSError as e: raise KdocrError(f'{file}: {e.strerror}') from None
     if not rows or not {'file', 'text'} <= rows[0].keys(): raise KdocrError(f'{file}: columns file and text, and at least one row, are needed')
+    if bare := [i for i, r in enumerate(rows, 1) if not r['file'] or not r['text']]: raise KdocrError(f'{file}: row {bare[0]} lacks its file or its text')
     return [Labelled(r['file'], r['text'], read_image(file.parent/r['file']), r.get('layout') or '') for r in rows]
 
 def labelled_tracks(tracks:Sequence[Track], low:bool=False) -> list[Labelled]: # low: the first LR frame

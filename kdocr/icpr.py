@@ -246,7 +246,7 @@ def _rows(path:Path) -> list[tuple[int, list[str], dict]]: # line number, faults
     if 'image' in names and {'hr', 'lr'} & {*names}: raise KdocrError(f'{path}: image is a picture without a partner; it cannot stand beside hr or lr')
     if not rows: raise KdocrError(f'{path}: no rows in it')
     width = [[f'{len(cells)} cell{"s" * (len(cells) != 1)}, the header has {len(names)}'] if len(cells) != len(names) else [] for _, cells in rows]
-    return [(line, w, dict.fromkeys(_COLUMNS, '') | {k: unicodedata.normalize('NFC', c.strip()) for k, c in zip(names, cells)}) for (line, cells), w in zip(rows, width)]
+    return [(line, w, dict.fromkeys(_COLUMNS, '') | {k: unicodedata.normalize('NFC', c.strip()) if k == 'text' else c.strip() for k, c in zip(names, cells)}) for (line, cells), w in zip(rows, width)]
 
 
 # %% ../nbs/12_icpr.ipynb #6b8c908c

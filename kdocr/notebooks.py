@@ -54,13 +54,15 @@ KINDS = {'int': int, 'float': float, 'bool': bool, 'str': str, 'Path': Path, 'li
 
 def parameters(notebook:str|Path) -> dict[str, dict]: # name -> type (or None), default and help, as papermill tells them
     "The parameters that a notebook declares. Raises `KdocrError` for another file."
+    if Path(notebook).suffix != '.ipynb': raise KdocrError(f'{notebook}: no Jupyter notebook')
     try: return papermill.inspect_notebook(str(notebook))
     except (ValueError, KeyError, AttributeError, nbformat.ValidationError): raise KdocrError(f'{notebook}: no Jupyter notebook') from None
 
 def _kind(name, declared):
     if name in Config.model_fields: return Annotated[(Config.model_fields[name].annotation, Config.model_fields[name])]
     annotated = KINDS.get(declared['inferred_type_name'].strip())
-    return annotated or type(ast.literal_eval(declared['default']))
+    try: return annotated or type(ast.literal_eval(declared['default']))
+    except (ValueError, SyntaxError): raise KdocrError(f"parameter {name}: its default {declared['default']} is no plain value; the notebook must name its type: {name}: 'int' = ...") from None
 
 # %% ../nbs/52_notebooks.ipynb #000d
 def _plain(v): # what a notebook's cell can hold

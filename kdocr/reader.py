@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 from .core import KdocrError, atomic_write, nearest, progress
 from .charset import Charset, layout_of, spellable
-from .decode import DECODERS, Reading, decode, grammar, log_softmax, shared, sum_frames, vote, weigh
-from .icpr import FRAMES, _broken
+from .decode import DECODERS, Reading, averaged, decode, grammar, log_softmax, sum_frames, vote, weigh
+from .icpr import FRAMES, _broken, _rows
 from .pack import fit
 
 # %% ../nbs/60_reader.ipynb #0005
@@ -150,6 +150,17 @@ def _folder(folder) -> Iterator[Item]:
     yield next(found, Item(_printable(folder), [], ('no pictures in it',)))
     yield from found
 
+# %% ../nbs/60_reader.ipynb #6426eec7
+def _listed(path) -> Iterator[Item]: # what a CSV names: a track's rows together, any other row alone
+    tracks = {}
+    try: rows = _rows(Path(path))
+    except KdocrError as e: yield Item(_printable(path), [], (str(e).removeprefix(f'{path}: '),)); return
+    for line, _, row in rows:
+        file = row['lr'] or row['image'] or row['hr']
+        where = os.path.join(os.path.dirname(path), file) if file else ''
+        tracks.setdefault(row['track'] or where or f'{_printable(path)}:{line}', []).extend([where] if file else [])
+    for name, frames in tracks.items(): yield Item(name, frames)
+
 
 # %% ../nbs/60_reader.ipynb #000b
 def _several(x) -> bool: return isinstance(x, (list, tuple)) and not isinstance(x, Item) or isinstance(x, np.ndarray) and x.ndim > 3
@@ -162,6 +173,7 @@ def items(images # one, or a list or an iterator, of: a path, an array, a PIL im
         if isinstance(one, Item): yield one
         elif _several(one): yield Item(f'track {i}', list(one))
         elif named and os.path.isdir(one): yield from _folder(one)
+        elif named and os.path.isfile(one) and Path(one).suffix.lower() == '.csv': yield from _listed(one)
         else: yield Item(_printable(one) if named else f'image {i}', [one])
 
 
@@ -284,7 +296,7 @@ class How(NamedTuple):
     frames:str  # sum, vote or attention
     again:float # plates that are less sure than this get the other looks as well
 
-# %% ../nbs/60_reader.ipynb #d4657da0
+# %% ../nbs/60_reader.ipynb #365e504e
 LOOKS  = (0, 0), (3, 0), (-3, 0), (0, 1), (0, -1) # pixels of the network's input, to the left and up
 UNSURE = .9                                       # a plate that is less sure than this is looked at again
 
@@ -331,18 +343,21 @@ class _Settled:
 # %% ../nbs/60_reader.ipynb #0018
 _AT_ONCE = 320 # pictures in the network, at most: 64 tracks of five
 
+def _mean(log_probs): # of several looks; one is left as it is
+    return log_probs[0] if len(log_probs) == 1 else log_softmax(np.mean(log_probs, 0))
+
 class _Joins(_Settled):
     def _run(self, x): # (n,f,H,W,3) uint8 -> (n,t,c) logits
         parts = np.array_split(x, ceil(len(x)*x.shape[1]/_AT_ONCE))
         return np.concatenate([self.net.run(np.ascontiguousarray((part/np.float32(127.5) - 1).transpose(0, 1, 4, 2, 3))) for part in parts])
 
-    def _said(self, log_probs, frames): return log_softmax(log_probs/self.temperature(frames))
+    def _calibrated(self, log_probs, frames): return log_softmax(log_probs/self.temperature(frames))
 
-    def _each(self, plates): # log-probabilities of each plate's frames, (f,t,c)
+    def _singly(self, plates): # log-probabilities of each plate's frames, (f,t,c)
         return np.split(log_softmax(self._run(np.concatenate(plates)[:, None])), np.cumsum([len(p) for p in plates])[:-1])
 
     def _joined(self, plates, frames): # of each plate's frames together, (b,t,c)
-        if frames == 'sum': return np.stack([sum_frames(x) for x in self._each(plates)])
+        if frames == 'sum': return np.stack([sum_frames(x) for x in self._singly(plates)])
         out = [None]*len(plates)
         for f in {len(p) for p in plates}: # so many are seen at once
             at = [i for i, p in enumerate(plates) if len(p) == f]
@@ -355,16 +370,18 @@ class _Joins(_Settled):
                  ) -> np.ndarray:                # (b,t,c)
         "What is said of each plate's frames together, calibrated."
         mean = _mean([self._joined([shifted(p, *by) for p in plates], frames) for by in looks])
-        return np.stack([self._said(x, len(p)) for x, p in zip(mean, plates)])
+        return np.stack([self._calibrated(x, len(p)) for x, p in zip(mean, plates)])
 
+# %% ../nbs/60_reader.ipynb #3159035c
+class _Reads(_Joins):
     def _together(self, plates, how, looks) -> list[Reading]: return self._decoded(self.log_probs(plates, how.frames, looks), how)
 
     def _vote(self, plates, how, looks) -> list[Reading]:
-        each = _mean([np.concatenate(self._each([shifted(p, *by) for p in plates])) for by in looks])
-        x, owner = self._said(each, 1), np.repeat(np.arange(len(plates)), [len(p) for p in plates])
+        each = _mean([np.concatenate(self._singly([shifted(p, *by) for p in plates])) for by in looks])
+        x, owner = self._calibrated(each, 1), np.repeat(np.arange(len(plates)), [len(p) for p in plates])
         def by_plate(readings): return [[r for r, o in zip(readings, owner) if o == i] for i in range(len(plates))]
         won = [vote([r.text for r in rs], [r.confidence for r in rs]) for rs in by_plate(self._decoded(x, how))]
-        return [shared(rs) for rs in by_plate(weigh(x, [won[o] for o in owner], self.charset, how.layout))]
+        return [averaged(rs) for rs in by_plate(weigh(x, [won[o] for o in owner], self.charset, how.layout))]
 
     def _decoded(self, log_probs, how) -> list[Reading]:
         return weigh(log_probs, decode(log_probs, self.charset, how.decoder, how.layout), self.charset, how.layout)
@@ -378,29 +395,30 @@ class _Joins(_Settled):
         second = dict(zip(unsure, way([plates[i] for i in unsure], how, LOOKS))) if unsure else {}
         return [second.get(i, r) for i, r in enumerate(first)]
 
-def _mean(log_probs): # of one look as it is
-    return log_probs[0] if len(log_probs) == 1 else log_softmax(np.mean(log_probs, 0))
-
 # %% ../nbs/60_reader.ipynb #0019
-class Reader(_Joins):
-    "Reads pictures of plates: `Reader.load().read('plate.png')`."
+class _Opens(_Reads):
     def _look(self, item:Item) -> tuple[list, Record]: # frames (H,W,3) uint8, and the record so far
-        got, left, notes = [], [], []
+        got, left, notes, why = [], [*item.left_out], [], 'no frames'
         for i, source in enumerate(item.frames):
             try: pixels, said = picture(source)
-            except KdocrError as e: left.append((_printable(os.path.basename(source)) if isinstance(source, (str, os.PathLike)) else f'frame {i + 1}', str(e))); continue
+            except KdocrError as e:
+                why = str(e)
+                left.append(f'{_printable(os.path.basename(source)) if isinstance(source, (str, os.PathLike)) else f"frame {i + 1}"}: {why}')
+                continue
             got.append(fit(pixels, self.about['height'], self.about['width']))
             notes += [n for n in said if n not in notes]
-        alone, out = len(item.frames) == 1 and not item.left_out, (*item.left_out, *(f'{name}: {why}' for name, why in left))
-        if got: return got, Record(item.name, frames=len(got), left_out=out, notes=tuple(notes))
-        return got, Record(item.name, error=left[0][1] if alone else '; '.join(out) or 'no frames')
+        if got: return got, Record(item.name, frames=len(got), left_out=tuple(left), notes=tuple(notes))
+        return got, Record(item.name, error='; '.join(left) if item.left_out or len(item.frames) > 1 else why) # a picture's name is its record's
 
-    def _some(self, some:list[Item], how:How) -> list[Record]:
+    def _batch(self, some:list[Item], how:How) -> list[Record]:
         seen = [self._look(i) for i in some]
         said = iter(self.readings([np.stack(x) for x, _ in seen if x], how))
         def filled(r): text, sure, chars = next(said); return replace(r, text=text, confidence=sure, char_confidence=chars, layout=layout_of(text) or '')
         return [filled(r) if x else r for x, r in seen]
 
+# %% ../nbs/60_reader.ipynb #5c2fb085
+class Reader(_Opens):
+    "Reads pictures of plates: `Reader.load().read('plate.png')`."
     def stream(self, images, # as `items` takes them
                decoder:str='constrained', # greedy, beam or constrained
                layout:str='auto',  # of a constrained reading: a name in `LAYOUTS`, either, patterns, or free
@@ -412,7 +430,7 @@ class Reader(_Joins):
         how = self.settle(decoder, layout, frames, again)
         if batch < 1: raise KdocrError(f'batch {batch}: at least 1 is needed')
         left = iter(items(images))
-        return (r for some in iter(lambda: list(islice(left, batch)), []) for r in self._some(some, how))
+        return (r for some in iter(lambda: list(islice(left, batch)), []) for r in self._batch(some, how))
 
     def read(self, images, decoder:str='constrained', layout:str='auto', frames:str='auto', batch:int=64, again:float=UNSURE) -> list[Record]: # as `stream` has them
         "A record a plate."
@@ -451,8 +469,10 @@ def _terminal(f) -> bool: return f is not None and f.isatty() # None: closed bef
 def _opened(out:Path|None): # yields a text file: whole or absent in the end
     try:
         if out is None: yield sys.stdout
+        elif out.exists() and not out.is_file():                # a pipe, /dev/null: to be written to, and not to be replaced
+            with open(out, 'w', encoding='utf-8') as f: yield f
         else:
-            with atomic_write(out) as tmp, open(tmp, 'w', encoding='utf-8') as f: yield f
+            with atomic_write(os.path.realpath(out)) as tmp, open(tmp, 'w', encoding='utf-8') as f: yield f # a link stays one
     except BrokenPipeError: raise # whoever read us has enough
     except OSError as e: raise KdocrError(f'{out or "standard output"}: could not be written ({e.strerror})') from None
 

@@ -7,7 +7,7 @@ __all__ = ['Rows', 'MOST', 'NOTHING', 'line', 'write_submission', 'asked_tracks'
            'submit']
 
 # %% ../nbs/61_submit.ipynb #3d6535e2
-import re, sys, zipfile, zlib
+import re, sys, zipfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ def asked_tracks(folder:str|Path) -> list[Track]: # in order of their names
     return _asked(_indexed(folder))
 
 # %% ../nbs/61_submit.ipynb #a7ac10eb
-MOST = 64 << 20 # bytes of the text: 3,000 lines need 90 kB, and a zip may hold anything
+MOST = 4 << 20 # bytes of the text: 3,000 lines need 90 kB, and a zip may hold anything
 
 def _text(path:Path) -> tuple[str|None, list[str]]: # the text, and what is wrong with the file around it
     try:
@@ -77,16 +77,19 @@ def _text(path:Path) -> tuple[str|None, list[str]]: # the text, and what is wron
             if inside[0].flag_bits & 1: return None, [f'{names}: encrypted']
             if inside[0].file_size > MOST: return None, [f'{names}: {inside[0].file_size:,} bytes are no submission']
             raw = z.read(inside[0])
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError): return None, ['no zip, or a damaged one']
-    except OSError as e: raise KdocrError(f'{path}: {e.strerror}') from None
+    except Exception as e: # zipfile and its four decompressors have ten kinds for a damaged file, one of them an OSError without a reason
+        if isinstance(e, OSError) and e.strerror: raise KdocrError(f'{path}: {e.strerror}') from None
+        return None, ['no zip, or a damaged one']
     if odd := re.search(rb'[^\x20-\x7e\r\n]', raw):
         return None, [f'{names}: line {raw.count(10, 0, odd.start()) + 1}: a character that no plate has (byte 0x{odd[0][0]:02x}); asked is plain ASCII']
     return raw.decode('ascii'), []
 
 # %% ../nbs/61_submit.ipynb #5ae03b66
+def _short(text:str) -> str: return text if len(text) < 80 else f'{text[:76]}...'
+
 def _line_faults(said:str, known:set, first:dict[str, int], n:int): # yields what is wrong with line n; `first` learns where each track stands
-    if not (m := _LINE.fullmatch(said)): yield f'{said if len(said) < 80 else said[:76] + "..."!r} is not `track,text;confidence`'; return
-    key, text, number = m.groups()
+    if not (m := _LINE.fullmatch(said)): yield f'{_short(said)!r} is not `track,text;confidence`'; return
+    key, text, number = map(_short, m.groups())
     if key not in known: yield f'{key}: no such track'
     elif key in first: yield f'{key}: a second time, it stands on line {first[key]} already'
     first.setdefault(key, n)

@@ -73,3 +73,12 @@ def test_compare_without_a_gain_draws_nothing(results, tmp_path, capsys):
 def test_compare_refuses_in_one_line(results, tmp_path, capsys, args, said):
     assert main(['compare', *(a.replace('RESULTS', str(results)) for a in args), '--out', str(tmp_path/'c')]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path/'c').exists()
+
+def test_a_pipe_is_never_replaced(tmp_path):
+    "As root, `--out /dev/null` would otherwise take the device away."
+    import os
+    from kdocr.core import atomic_write
+    os.mkfifo(tmp_path/'pipe')
+    with pytest.raises(OSError, match='not a regular file'):
+        with atomic_write(tmp_path/'pipe') as tmp: tmp.write_text('x')
+    assert [p.name for p in tmp_path.iterdir()] == ['pipe'] and (tmp_path/'pipe').is_fifo()

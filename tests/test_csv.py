@@ -157,6 +157,13 @@ def test_a_path_that_no_file_can_have(words):
     assert faults(words) == ['2: près/0\0.png: no path: there is a NUL in it', '3: 1 cell, the header has 3', '3: the text is empty', '3: no path under lr']
 
 
+def test_a_name_on_disk_is_taken_as_it_is(words):
+    "A decomposed ü in a file's name is not the composed one; in a text it is."
+    picture(words.parent/'u\u0308.png', 'nu', (120, 40))
+    found = index(write(words, ['u\u0308.png,e\u0301te\u0301'], 'image,text'))
+    assert not found.faults and found.train[0].text == 'été'
+
+
 def test_more_than_five_frames(words):
     assert faults(write(words, [f'près/{i}.png,loin/{i}.jpg,ab,t' for i in range(6)], 'hr,lr,text,track')) == ["7: track 't' has 5 frames already"]
 

@@ -115,7 +115,7 @@ def test_a_wrong_pattern_is_named(layout, said):
     with pytest.raises(KdocrError, match=said.replace('[', r'\[')): grammar(layout, CS)
 
 def test_what_cannot_be_said_is_refused():
-    with pytest.raises(KdocrError, match='in 6 time steps'): constrained(lattice(2, 6, 37, 1), CS)
+    with pytest.raises(KdocrError, match="layout 'either': nothing that fits can be said in 6 time steps"): constrained(lattice(2, 6, 37, 1), CS)
     with pytest.raises(KdocrError, match='a digit'): grammar('LD', Charset('AB'))
     with pytest.raises(KdocrError, match='NaN'): log_softmax([[np.nan, 1.]])
     with pytest.raises(KdocrError, match="did you mean 'greedy'"): decode(lattice(1, 16, 37, 1), CS, 'greddy')

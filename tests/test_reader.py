@@ -1,5 +1,5 @@
 """Reading what users have. The network of most tests reads bars: sixteen bands of grey, each of which is a class, so that every reading has a known answer."""
-import csv, io, itertools, json, os, pickle, pty, subprocess, sys
+import csv, io, itertools, json, os, pickle, pty, subprocess, sys, warnings
 from pathlib import Path
 import cv2
 import numpy as np
@@ -192,6 +192,15 @@ def test_arrays_of_arrays_and_iterators():
     stream = READER.stream((x for _ in camera), batch=4)
     assert [next(stream).text for _ in range(5)] == [TEXT]*5 and next(camera) == 8 and READER.read(iter([])) == READER.read([]) == []
 
+def test_a_csv_stands_for_what_it_lists(tmp_path):
+    for n in ('a.png', 'far/ü 1.png', 'far/2.png'): save(tmp_path/n)
+    save(tmp_path/'near.png', 'XYZ9876')
+    def read(text): (tmp_path/'x.csv').write_bytes(text.encode()); return [(r.path.removeprefix(f'{tmp_path}/'), r.text, r.frames, r.error or '; '.join(r.left_out)) for r in READER.read(str(tmp_path/'x.csv'))]
+    assert read('image,text\na.png,-\nnear.png,\n') == [('a.png', TEXT, 1, ''), ('near.png', 'XYZ9876', 1, '')]
+    assert read('\ufeffhr,lr,text,track\r\nnear.png,far/ü 1.png,-,t\r\nnear.png,gone.png,-,t\r\nnear.png,far/2.png,-,\r\n,,-,\r\nnear.png,far/2.png,-,t\r\n') == [
+        ('t', TEXT, 2, 'gone.png: no such file'), ('far/2.png', TEXT, 1, ''), ('x.csv:5', '', 0, 'no frames')]
+    assert read('hr;lr;text\n') == [('x.csv', '', 0, "its cells are divided by ';'; a comma is needed")] and 'needed are the columns' in read('a.png\n')[0][3] + read('text\n')[0][3]
+
 def test_an_empty_folder_is_said(tmp_path): assert READER.read(tmp_path)[0].error == 'no pictures in it'
 
 def test_names_that_are_no_utf8(tmp_path):
@@ -349,12 +358,14 @@ def test_a_checkpoint_that_may_not_be_read(name, weights, monkeypatch, capsys):
     monkeypatch.setattr('builtins.open', refused)
     assert main(['read', 'x.png', '--ckpt', str(path)]) == 2 and capsys.readouterr().err == f'kdocr: {path}: Permission denied\n'
 
-def test_a_foreign_pickle_is_one_line(tmp_path, monkeypatch):
+def test_a_foreign_pickle_is_one_line(tmp_path, monkeypatch, capsys):
     "torch warns of its age before it refuses it."
     monkeypatch.setenv('KDOCR_TEST_BOMB', str(tmp_path/'ran'))
     (tmp_path/'old.pth').write_bytes(pickle.dumps(Bomb(), protocol=4))
-    r = subprocess.run([sys.executable, '-m', 'kdocr.cli', 'read', 'x.png', '--ckpt', str(tmp_path/'old.pth')], capture_output=True, text=True)
-    assert (r.returncode, r.stdout) == (2, '') and r.stderr == f'kdocr: {tmp_path}/old.pth: damaged, or no checkpoint; code that is pickled in it is never run\n' and not (tmp_path/'ran').exists()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        assert main(['read', 'x.png', '--ckpt', str(tmp_path/'old.pth')]) == 2 and not seen
+    assert capsys.readouterr() == ('', f'kdocr: {tmp_path}/old.pth: damaged, or no checkpoint; code that is pickled in it is never run\n') and not (tmp_path/'ran').exists()
 
 def test_it_reads_what_training_reads(weights):
     "The same texts as `evaluate`, from the folders as from the pack."
@@ -491,11 +502,21 @@ def test_whoever_reads_us_may_have_enough(onnx_bars, tmp_path):
     with open('/dev/full', 'w') as full: r = subprocess.run(cmd[:5] + cmd[-4:], stdout=full, stderr=subprocess.PIPE, text=True)
     assert r.returncode == 2 and r.stderr == 'kdocr: standard output: could not be written (No space left on device)\n'
 
-def test_broken_exif_is_passed_over_in_silence(onnx_bars, tmp_path):
+def test_what_is_no_file_is_written_to_and_not_replaced(onnx_bars, tmp_path):
+    asked = ['read', str(save(tmp_path/'a.png')), '--ckpt', str(onnx_bars), '--format', 'jsonl', '--out']
+    (tmp_path/'real').mkdir(); (tmp_path/'link.jsonl').symlink_to(tmp_path/'real/x.jsonl')
+    for _ in range(2): assert main([*asked, str(tmp_path/'link.jsonl')]) == 0 and (tmp_path/'link.jsonl').is_symlink() and json.loads((tmp_path/'real/x.jsonl').read_text())['text'] == TEXT
+    os.mkfifo(tmp_path/'pipe')
+    p = subprocess.Popen([sys.executable, '-m', 'kdocr.cli', *asked, str(tmp_path/'pipe')])
+    assert json.loads((tmp_path/'pipe').read_text())['text'] == TEXT and p.wait() == 0 and not (tmp_path/'pipe').is_file()
+
+def test_broken_exif_is_passed_over_in_silence(tmp_path):
     exif = Image.Exif(); exif[0x0112] = 6
     large().save(tmp_path/'a.jpg', exif=exif.tobytes()[:20], quality=100, subsampling=0)
-    r = subprocess.run([sys.executable, '-m', 'kdocr.cli', 'read', str(tmp_path/'a.jpg'), '--ckpt', str(onnx_bars)], capture_output=True, text=True)
-    assert r.returncode == 0 and r.stderr == '' and TEXT in r.stdout
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        assert texts(READER.read(tmp_path/'a.jpg')) == [TEXT] and not seen
+        Image.open(tmp_path/'a.jpg').getexif(); assert seen # it would have
 
 
 # ---------------------------------------------------------------- the notebook

@@ -8,8 +8,9 @@ import time
 import pytest
 import yaml
 
+from kdocr.cli import main
 from kdocr.core import KdocrError, read_json
-from kdocr.jobs import Job, run_jobs
+from kdocr.jobs import Job, Lines, Slurm, Work, run_jobs
 from kdocr.run import RunFolder
 from kdocr.train_kd import train_kd
 from slurm_cluster import absent, cluster
@@ -79,6 +80,46 @@ def test_what_fails_in_slurm_is_said_and_takes_its_dependents_with_it(slurm, tmp
     assert 'n.ipynb, cell 2: ZeroDivisionError' in rows['broken'].error and rows['pupil'].error == 'it needs broken, which has failed'
 
 
+def programs(folder, monkeypatch, **scripts):
+    "A PATH that has these alone."
+    folder.mkdir()
+    for name, script in scripts.items(): (folder/name).write_text(f'#!/bin/sh\n{script}\n'); (folder/name).chmod(0o755)
+    monkeypatch.setenv('PATH', str(folder))
+    return folder
+
+
+SILENT = 'echo "squeue: error: no controller" >&2; echo "squeue: fatal: it is away" >&2; exit 1'
+
+
 def test_without_slurm_the_cure_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(KdocrError, match='no srun on this machine.*--cluster local'): run_jobs([Job('a', 1, {})], tmp_path, 'train_kd', cluster='slurm')
+    programs(tmp_path/'bin', monkeypatch, squeue='exit 0')
+    with pytest.raises(KdocrError, match='no sbatch, scancel, srun on this machine.*--cluster local'): run_jobs([Job('a', 1, {})], tmp_path, 'train_kd', cluster='slurm')
+
+
+def test_a_cluster_that_is_not_set_up_is_one_line_and_nothing_is_begun(tmp_path, monkeypatch, capfd):
+    programs(tmp_path/'bin', monkeypatch, squeue=SILENT, sbatch='exit 0', scancel='exit 0', srun='exit 0')
+    (tmp_path/'plan.yaml').write_text(yaml.safe_dump(dict(out=str(tmp_path/'out'), base=SMALL, grid=dict(lr=[.1]))))
+    monkeypatch.setattr('kdocr.sweep.open_data', lambda cfg: pytest.fail('plates were drawn for nothing'))
+    assert main(['sweep', str(tmp_path/'plan.yaml'), '--cluster', 'slurm']) == 2
+    said = capfd.readouterr()
+    assert said.err == 'kdocr: cluster slurm: squeue refuses: no controller; it is away. Is SLURM set up on this machine? --cluster local needs none\n' and not said.out
+    assert not list((tmp_path/'out').glob('[!.]*'))
+
+
+def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch, capfd):
+    programs(tmp_path/'bin', monkeypatch, squeue='exit 0', scancel='exit 0', srun='exit 0', sbatch='echo "sbatch: error: invalid partition specified: mian" >&2; exit 1')
+    with pytest.raises(KdocrError) as e: run_jobs([Job('a', 1, {})], tmp_path/'out', 'train_kd', cluster='slurm', partition='mian', show=Lines)
+    assert str(e.value) == 'cluster slurm: sbatch refuses: invalid partition specified: mian' and not capfd.readouterr().err
+    programs(tmp_path/'more', monkeypatch, sinfo='echo main; echo urgent', **{p: (tmp_path/'bin'/p).read_text().split('\n', 1)[1] for p in ('squeue', 'sbatch', 'scancel', 'srun')})
+    with pytest.raises(KdocrError, match="specified: mian: did you mean 'main'?"): run_jobs([Job('a', 1, {})], tmp_path/'out', 'train_kd', cluster='slurm', partition='mian', show=Lines)
+
+
+def test_a_controller_that_is_away_for_a_moment_takes_no_job_for_lost(tmp_path, monkeypatch):
+    "Neither those that it named before, nor those that were sent since; one that never answered is no empty queue."
+    bin = programs(tmp_path/'bin', monkeypatch, squeue='echo 7 RUNNING; echo 8_1 PENDING', sbatch='echo Submitted batch job 9', scancel='exit 0', srun='exit 0')
+    slurm = Slurm(tmp_path/'jobs')
+    assert slurm.going() == {'7': 'running', '8_1': 'queued'}
+    (bin/'squeue').write_text(f'#!/bin/sh\n{SILENT}\n')
+    assert slurm.submit([Work(Job(n, 1, {}), tmp_path/'n.ipynb', tmp_path) for n in 'ab']) == ['9_0', '9_1']
+    assert slurm.going() == {'7': 'running', '8_1': 'queued', '9_0': 'queued', '9_1': 'queued'}
+    with pytest.raises(KdocrError, match='squeue refuses: no controller'): Slurm(tmp_path/'jobs')

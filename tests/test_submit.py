@@ -93,6 +93,7 @@ def test_what_is_accepted(competition, tmp_path, text):
     *((f'track_20002,ABC1D23;0.5000', f'track_20002,ABC1D23;{x}', [f"line 2: track_20002: confidence '{x}' is no number from 0 to 1"]) for x in ('nan', 'inf', '-0.1', '1.0001', '', 'high', ' 0.5', '0_5', '1e999', '0x1')),
     ('track_20002,ABC1D23;0.5000', 'track_20002;ABC1D23,0.5', ["line 2: 'track_20002;ABC1D23,0.5' is not `track,text;confidence`", 'track_20002: missing']),
     ('track_20003', '\ntrack_20003', ["line 3: '' is not `track,text;confidence`"]),
+    ('track_20002,ABC1D23;0.5000', 'track_20002,' + 'x'*3000 + ';0.5', ["line 2: track_20002: '" + 'x'*76 + "...' is no plate"]),
     ('track_20002,ABC1D23;0.5000', 'x'*3000, ["line 2: '" + 'x'*76 + "...' is not `track,text;confidence`", 'track_20002: missing']),
     (GOOD, '', ["line 1: '' is not", 'track_20001: missing', 'track_20002: missing', 'track_20003: missing'])])
 def test_lines(competition, tmp_path, old, new, said):
@@ -117,6 +118,17 @@ def test_files(competition, tmp_path, make, said):
     make(tmp_path/'s.zip')
     got = faults(tmp_path/'s.zip', competition)
     assert len(got) == 1 and said in got[0]
+
+
+@pytest.mark.parametrize('how', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_whatever_packed_it(competition, tmp_path, how):
+    path = tmp_path/'s.zip'
+    with zipfile.ZipFile(path, 'w') as z: z.writestr('s.txt', GOOD, how)
+    assert faults(path, competition) == []
+    raw = bytearray(path.read_bytes())
+    for i in range(45, 60): raw[i] ^= 0x5a # behind the head
+    path.write_bytes(raw)
+    assert faults(path, competition) == ['no zip, or a damaged one']
 
 
 def test_a_text_that_fills_the_memory_is_not_unpacked(competition, tmp_path):

@@ -1,4 +1,5 @@
 """An experiment from one file: what it runs, what it refuses, and the whole of it in its smallest form."""
+import errno
 import json
 import re
 from pathlib import Path
@@ -9,10 +10,13 @@ import yaml
 
 from kdocr.cli import main
 from kdocr.config import load_config
-from kdocr.core import KdocrError, write_json
-from kdocr.jobs import Full
+from kdocr.core import KdocrError, Outside, Stopped, write_json
+from kdocr.jobs import Full, Row
 from kdocr.notebooks import run_notebook
-from kdocr.sweep import faults, load_sweep, make_sweep, plot_results, results, sweep
+from kdocr.run import on_disk
+from kdocr.status import Status
+from kdocr.sweep import check_folders, faults, load_sweep, make_sweep, plot_results, results, results_text, sweep
+from sweeping import notebook
 from training import SMALL, drawn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,10 +77,113 @@ def test_a_grid_and_a_list_are_named_by_what_differs(tmp_path):
     (dict(grid=dict(lrr=[.1])), "unknown key 'lrr'"), (dict(base=5, grid=dict(lr=[.1])), 'plan.yaml: base: a mapping, not 5'), (dict(teachers=['a'], grid=dict(lr=[.1])), "teachers: a mapping, not ['a']"),
     (dict(arms=dict(b=3)), 'arms, b: a mapping, not 3'), (dict(base=dict(teacher='hr'), grid=dict(lr=[.1])), "no teacher 'hr': the file has no teachers"), (dict(notebook='train_kdd', grid=dict(lr=[.1])), "notebook train_kdd: no such file: did you mean 'train_kd'?"),
     (dict(notebook='errors', grid=dict(run=['a'])), "no parameter 'run': did you mean 'runs'?"), (dict(grid=dict(lr=['fast'])), 'lr: Input should be a valid number'),
-    (dict(teachers=dict(hr={}), list=[dict(name='hr')]), 'two runs would be called hr'), (dict(grid=dict(distill_terms=['logits:kll'])), "no term 'kll'")])
+    (dict(teachers=dict(hr={}), list=[dict(name='hr')]), 'two runs would be called hr'), (dict(list=[dict(name='a', lr=.1), dict(name='a', lr=.2)]), 'list: two entries are called a'),
+    (dict(notebook=3, grid=dict(lr=[.1])), 'plan.yaml: notebook: a name or a path, not 3'), (dict(out=['a'], grid=dict(lr=[.1])), "plan.yaml: out: a folder, not ['a']"), (dict(arms=['a']), "arms: a mapping, not ['a']"),
+    (dict(arms=dict(a=0)), 'arms, a: a mapping, not 0'), (dict(list=[None]), 'list, entry 1: a mapping, not None'), (dict(list=[dict(name=['a'])]), "no name for a run: ['a']"),
+    (dict(seeds=['a'], grid=dict(lr=[.1])), "seeds: a list of different numbers, not ['a']"), (dict(seeds=[1, 1.0], grid=dict(lr=[.1])), 'a list of different numbers'),
+    (dict(teachers=dict(hr={}), base=dict(mode='student'), grid=dict(teacher=[['hr']])), "no teacher ['hr']"), (dict(teachers=dict(hr={}), base=dict(mode='student', teacher='rh'), grid=dict(lr=[.1])), "no teacher 'rh'; known: hr"),
+    (dict(list=[dict(out='x', lr=.1)]), 'out: the file has one for all runs'), (dict(base=dict(name='x'), grid=dict(lr=[.1])), 'base: name: a run is called as its entry is'),
+    (dict(base=dict(steps=2), arms=dict(a=dict(distill_weight=0, seed=7))), 'a: seed: `seeds` says it'), (dict(base=dict(seed=7), seeds=[0], grid=dict(lr=[.1])), 'base: seed: `seeds` says it'),
+    (dict(list=[dict(arm='x', lr=.1)]), 'arm: an arm is called as its entry is'), (dict(notebook='loss_curves', arms=dict(a=dict(runs=['x']))), 'arms: loss_curves.ipynb is no training with all its settings'),
+    *[(dict(list=[dict(name=n, lr=.1)]), f'no name for a run: {n!r}') for n in ('a/b', '..', '.sweep', '-x', 'compare', 'x' * 201)], *[(dict(base=dict(steps=2), arms={n: dict(distill_weight=0)}), 'no name for a run') for n in ('a/b', '..', '')],
+    (dict(grid=dict(distill_terms=['logits:kll'])), "no term 'kll'")])
 def test_a_grid_or_list_that_is_wrong_is_refused(plan, says):
     with pytest.raises(KdocrError) as e: make_sweep(plan, 'plan.yaml')
     assert says in str(e.value)
+
+
+@pytest.mark.parametrize('text, says', [('', 'no arms, no grid and no list'), ('- lr', 'a list of `key: value` lines'), ('grid: [', 'not valid YAML'), ('grid: {lr: [1]}\ngrid: {lr: [2]}', "'grid' stands there twice"),
+                                        ('arms:\n  a: {lr: 1}\n  a: {lr: 2}', "'a' stands there twice"), ('\0', 'not valid YAML'),
+                                        ('notebook: plan.yaml\ngrid: {lr: [1]}', 'no Jupyter notebook')])
+def test_a_file_that_says_nothing_clear_is_one_line(tmp_path, capsys, text, says):
+    (tmp_path/'plan.yaml').write_text(text)
+    assert main(['sweep', str(tmp_path/'plan.yaml')]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f'kdocr: {tmp_path/"plan.yaml"}: ') and says in said and said.count('\n') == 1
+
+
+def test_what_is_shared_by_a_merge_key_may_be_said_anew(tmp_path):
+    (tmp_path/'plan.yaml').write_text('base: {steps: 2}\nlist: [&a {lr: 1e-3, ema: 0.5}, {<<: *a, lr: 0.1}]')
+    assert [j.params['lr'] for j in load_sweep(tmp_path/'plan.yaml').jobs] == ['1e-3', .1]
+
+
+def test_a_number_that_yaml_takes_for_a_text_counts_as_one(tmp_path):
+    assert [j.steps for j in make_sweep(dict(grid=dict(steps=['3', '1_0']))).jobs] == [3, 10]
+
+
+@pytest.mark.parametrize('cores', [0, 1])
+@pytest.mark.parametrize('out, says', [('file', r'file: cannot be written \(File exists\)'), ('file/sub', r'file/sub: cannot be written \(Not a directory\)'), ('shut', r'shut: cannot be written \(Permission denied\)'), ('shut/sub', r'shut/sub: cannot be written \(Permission denied\)')])
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_drawn(tmp_path, monkeypatch, out, says, cores):
+    (tmp_path/'file').write_text('')
+    (tmp_path/'shut').mkdir(mode=0o555)
+    make = Path.mkdir
+    def refuse(self, *a, **kw): # as another user's folder does; root may write everywhere
+        if self.parent.name == 'shut': raise PermissionError(13, 'Permission denied', str(self))
+        return make(self, *a, **kw)
+    monkeypatch.setattr(Path, 'mkdir', refuse)
+    monkeypatch.setattr('kdocr.sweep.open_data', lambda cfg: pytest.fail('plates were drawn for nothing'))
+    with pytest.raises(KdocrError, match=says): sweep(make_sweep(dict(out=str(tmp_path/out), base=SMALL, grid=dict(lr=[.1]))), cores=cores)
+
+
+def test_where_a_sweep_cannot_run_is_said(tmp_path):
+    plan = make_sweep(dict(out=str(tmp_path), base=SMALL, grid=dict(lr=[.1])))
+    with pytest.raises(KdocrError, match="cluster 'slrum': did you mean 'slurm'?"): sweep(plan, cluster='slrum')
+    with pytest.raises(KdocrError, match='cores 0: in this process, and so not in slurm'): sweep(plan, cores=0, cluster='slurm')
+    assert not list(tmp_path.iterdir())
+
+
+def in_turn(tmp_path, monkeypatch, fails):
+    "Three trainings, none of them real: the one called `b` ends with `fails`."
+    def train(cfg):
+        if cfg.name == 'b': raise fails
+        write_json(Path(cfg.out)/cfg.name/'scores.json', {})
+    monkeypatch.setattr('kdocr.sweep.train_kd', train)
+    return sweep(make_sweep(dict(out=str(tmp_path/'out'), base=dict(SMALL, data=drawn()), list=[dict(name=n, seed=i) for i, n in enumerate('abc')])), cores=0)
+
+
+def test_in_turn_one_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    rows = in_turn(tmp_path, monkeypatch, KdocrError('no such plates'))
+    assert [r.state for r in rows.values()] == ['finished', 'failed', 'finished'] and faults(rows) == ['b: failed: no such plates']
+
+
+@pytest.mark.parametrize('kind', [Outside, lambda text: Stopped(15, text)])
+def test_in_turn_what_lies_outside_ends_the_sweep(tmp_path, monkeypatch, kind):
+    with pytest.raises(KdocrError, match='from here') as e: in_turn(tmp_path, monkeypatch, kind('the same goes on from here'))
+    assert e.value.exit_code in (75, 143) and (tmp_path/'out/a').exists() and not (tmp_path/'out/c').exists()
+
+
+def test_in_turn_a_full_disk_ends_the_sweep(tmp_path, monkeypatch):
+    try:
+        with on_disk(tmp_path/'last.pth'): raise OSError(errno.ENOSPC, 'No space left on device')
+    except KdocrError as e:
+        with pytest.raises(Full, match='out: no space left on the disk .*last.pth.* give the same command again'): in_turn(tmp_path, monkeypatch, e)
+
+
+def test_an_arm_may_go_and_another_come(tmp_path):
+    "Nothing of what was made is touched, and it is not made again; a control that goes is missed."
+    arms = dict(PLAN['arms'], other=dict(teacher='hr', control='control', distill_terms='logits:kl'))
+    before = load_sweep(write(tmp_path, arms=arms, seeds=[0]))
+    for j in before.jobs: write_json(before.out/j.name/'scores.json', {})
+    del arms['seed']
+    after = load_sweep(write(tmp_path, arms=dict(arms, new=dict(teacher='hr', control='control', lr=.01)), seeds=[0]))
+    assert dict(zip(*results(after)[['run', 'state']].T.values)) == {'hr': 'finished', 'control-0': 'finished', 'other-0': 'finished', 'new-0': 'waiting'} and (before.out/'seed-0/scores.json').exists()
+    del arms['control']
+    with pytest.raises(KdocrError, match="other: no arm 'control' to be its control"): load_sweep(write(tmp_path, arms=arms))
+
+
+def test_a_notebook_of_ones_own(tmp_path):
+    "Defaults that are expressions, scores of another form, and a folder that was made with other values."
+    file = notebook(tmp_path/'mine.ipynb', 'pass', "out = ''\nname = ''\nsteps = 2 * 5\nword = 'a'\nwide = 2 ** 3")
+    def plan(**own): return make_sweep(dict(notebook=str(file), out=str(tmp_path/'out'), list=[dict(own, name='one')]))
+    assert plan().jobs[0].steps is None and plan(steps='7').jobs[0].steps == 7
+    with pytest.raises(KdocrError, match="parameter wide: its default 2 \\*\\* 3 is no plain value; the notebook must name its type: wide: 'int'"): plan(wide=3)
+    write_json(tmp_path/'out/one/scores.json', dict(test=.5, val=dict(rr=.25)))
+    table = results(plan())
+    assert list(table.state) == ['finished'] and 'rr' not in table and 'one finished' in results_text(table) and Row(plan().jobs[0], tmp_path/'out').exact == .25
+    Status(tmp_path/'out/one', params=dict(out=str(tmp_path), name='one', word='b')).end('finished')
+    for own in ({}, dict(word='a')):
+        with pytest.raises(KdocrError, match='one: holds another run: word is .b. and .a. here'): check_folders(plan(**own))
+    check_folders(plan(word='b'))
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys):
