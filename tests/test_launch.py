@@ -1,0 +1,136 @@
+"""Several ranks started from one process: what they cannot share is refused, a kill or a stop costs nothing but time, and no rank outlives who started it."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import nbformat
+import psutil
+import pytest
+import yaml
+
+from kdocr import launch, notebooks
+from kdocr.cli import main
+from kdocr.core import KdocrError, Outside, Stopped, read_json
+from kdocr.launch import DeadRank, End, check_ranks, fault_of, train_ranks
+from kdocr.notebooks import how_it_ended, read_status
+from kdocr.run import RunFolder, load_checkpoint
+from training import SMALL, drawn, same_end, small
+
+TRAIN = dict(mode='teacher', steps=16, checkpoint_every=3, eval_every=8, log_every=1)
+
+
+@pytest.mark.parametrize('ranks, values, said', [(0, {}, 'ranks 0: at least 1 is needed'), (-2, {}, 'ranks -2: at least 1'), (2, dict(batch_size=7), 'batch_size 7 has no equal shares for 2 ranks; take 6 or 8'),
+    (16, {}, 'batch_size 8 has no equal shares for 16 ranks; take 16'), (2, dict(device='cuda:0'), "device 'cuda:0': 2 ranks cannot share it"), (2, dict(device='cuda'), "device 'cuda': no GPU for rank 1 of this machine, which has 1; 1 rank will do"),
+    (4, dict(device='auto'), "device 'auto': no GPU for rank 3 of this machine, which has 1")])
+def test_what_cannot_be_is_refused_before_a_process_starts(tmp_path, monkeypatch, ranks, values, said):
+    monkeypatch.setattr(launch, 'Crew', None)
+    monkeypatch.setattr(launch, 'train_kd', None)
+    monkeypatch.setattr(launch.Place.device.__globals__['torch'].cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(launch.Place.device.__globals__['torch'].cuda, 'is_available', lambda: True)
+    with pytest.raises(KdocrError, match=said) as e: train_ranks(small(tmp_path, **values), ranks)
+    assert '\n' not in str(e.value) and not (tmp_path/'run').exists()
+
+
+def test_what_a_machine_without_a_gpu_can_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.Place.device.__globals__['torch'].cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(launch.Place.device.__globals__['torch'].cuda, 'is_available', lambda: False)
+    for n in (1, 2, 4, 8): check_ranks(small(tmp_path), n)
+    with pytest.raises(KdocrError, match='which has 0; device cpu will do'): check_ranks(small(tmp_path, device='cuda'), 2)
+
+
+LOST = End(0, 1, 1, 'RuntimeError: Connection closed by peer')
+
+@pytest.mark.parametrize('ends, kind, said', [
+    ([End(1, -9), LOST], DeadRank, 'x: rank 1 of 2 was ended by SIGKILL'), ([End(0, -11), End(1, 1, 1, 'RuntimeError: lost')], DeadRank, 'rank 0 of 2 was ended by SIGSEGV'),
+    ([End(1, 1, 2, 'its memory is full'), End(0, -6)], KdocrError, '^its memory is full$'), ([End(1, 1, 2, 'rank 0: taken'), End(0, 1, 75, 'taken')], Outside, '^taken$'),
+    ([End(1, 1, 2, 'rank 0: no such folder'), End(0, 1, 2, 'no such folder')], KdocrError, '^no such folder$'), ([LOST, End(1, 1, 1, 'no')], RuntimeError, 'rank 0: RuntimeError: Connection'),
+    ([End(0, 1, 143, 'stopped by SIGTERM; saved; the same'), End(1, 1, 143, 'stopped by SIGTERM; saved; the same')], Stopped, '^stopped by SIGTERM; saved; the same$')])
+def test_what_the_ends_of_ranks_mean(ends, kind, said):
+    fault = fault_of(ends, 'x')
+    assert type(fault) is kind
+    with pytest.raises(kind, match=said): raise fault
+
+def test_when_all_ended_well_there_is_no_fault(): assert fault_of([End(1, 0, 0), End(0, 0, 0)], 'x') is None
+
+
+def test_a_dead_rank_is_no_fault_of_the_program(tmp_path, capsys):
+    "Nor is a training that somebody else has stopped; a runner knows both by name."
+    cells = [nbformat.v4.new_code_cell(c) for c in (f"out = ''", "class DeadRank(Exception): pass\nraise DeadRank('rank 1 of 2 was ended by SIGKILL')")]
+    cells[0].metadata.tags = ['parameters']
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'n.ipynb')
+    assert main(['run', str(tmp_path/'n.ipynb'), '-p', 'out', str(tmp_path/'out')]) == 75
+    assert [read_status(tmp_path/'out')[k] for k in ('state', 'cell', 'error')] == ['dead_rank', 2, 'DeadRank: rank 1 of 2 was ended by SIGKILL'] and 'rank 1 of 2' in capsys.readouterr().err
+    assert DeadRank.__name__ == 'DeadRank' and how_it_ended(notebooks.PapermillExecutionError(2, 1, '', Stopped.__name__, 'stopped by SIGTERM; saved', []))[0] == 'stopped'
+
+
+def test_a_kernel_that_is_buried_takes_what_it_started_with_it():
+    code = "import subprocess, sys, time\np = subprocess.Popen(['sleep', '600'], start_new_session=True)\nprint(p.pid, flush=True)\ntime.sleep(600)"
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as kernel:
+        child = psutil.Process(int(kernel.stdout.readline()))
+        kernel.send_signal(signal.SIGSTOP)
+        notebooks._bury(None, dict(kernel=kernel.pid, kernel_born=psutil.Process(kernel.pid).create_time()))
+    assert kernel.returncode == -signal.SIGKILL and not child.is_running()
+
+
+# ---------------------------------------------------------------- trainings that are disturbed
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "By seed: what two undisturbed ranks make of it."
+    made = {}
+    def make(seed):
+        if seed not in made: made[seed] = train_ranks(small(tmp_path_factory.mktemp('whole'), name='whole', seed=seed, **TRAIN), 2)
+        return made[seed]
+    return make
+
+
+def ranks_of(pid=None):
+    "The ranks among the descendants of a process, by number."
+    def number(p):
+        try: return p.environ()['RANK'] if 'kdocr.launch' in p.cmdline() and p.status() != psutil.STATUS_ZOMBIE else None
+        except (psutil.Error, KeyError): return None
+    try: return {int(n): p for p in psutil.Process(pid).children(recursive=True) if (n := number(p)) is not None}
+    except psutil.NoSuchProcess: return {}
+
+def until(true, what='it takes too long', seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if got := true(): return got
+        time.sleep(.02)
+    pytest.fail(what)
+
+def step(run): return len({r['step'] for r in run.log.rows()})
+
+def killed_at(run, rank, at, delay, pid=None):
+    "A thread that kills a rank a moment after step `at` is logged; 0: after it has started."
+    def kill():
+        until(lambda: len(ranks_of(pid)) == 2 and step(run) >= at)
+        time.sleep(delay)
+        ranks_of(pid)[rank].kill()
+    t = threading.Thread(target=kill, daemon=True)
+    t.start()
+    return t
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_costs_nothing_but_time(whole, tmp_path):
+    "At random moments: while it starts, between two checkpoints, while it saves or validates."
+    run, rng = RunFolder(tmp_path/'run'), random.Random(time.time_ns())
+    moments = [(rng.randrange(2), at, rng.uniform(0, .15)) for at in (0, rng.randrange(1, 7), rng.randrange(7, 14))]
+    for rank, at, delay in moments:
+        killer = killed_at(run, rank, at, delay)
+        with pytest.raises(DeadRank, match=f'rank {rank} of 2 was ended by SIGKILL.*the same command goes on'): train_ranks(small(tmp_path, **TRAIN), 2)
+        killer.join()
+        assert not ranks_of() and not run.finished, moments
+    assert same_end(train_ranks(small(tmp_path, **TRAIN), 2), whole(0)), moments
+    assert [r['step'] for r in run.log.rows() if 'loss' in r] == list(range(1, 17)), 'each step once'
+    assert read_json(run.env)['usage']['ranks'] == 2 and not list(run.path.rglob('.*.tmp'))
+    before = run.scores.read_bytes(), run.log.path.read_bytes()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(launch, 'Crew', None)
+        train_ranks(small(tmp_path, **TRAIN), 2) # finished: nobody is started
+    assert before == (run.scores.read_bytes(), run.log.path.read_bytes())
