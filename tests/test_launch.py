@@ -61,7 +61,7 @@ def test_a_dead_rank_is_no_fault_of_the_program(tmp_path, capsys):
     "Nor is a training that somebody else has stopped; a runner knows both by name."
     cells = [nbformat.v4.new_code_cell(c) for c in (f"out = ''", "class DeadRank(Exception): pass\nraise DeadRank('rank 1 of 2 was ended by SIGKILL')")]
     cells[0].metadata.tags = ['parameters']
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'n.ipynb')
+    nbformat.write(nbformat.v4.new_notebook(metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), cells=cells), tmp_path/'n.ipynb')
     assert main(['run', str(tmp_path/'n.ipynb'), '-p', 'out', str(tmp_path/'out')]) == 75
     assert [read_status(tmp_path/'out')[k] for k in ('state', 'cell', 'error')] == ['dead_rank', 2, 'DeadRank: rank 1 of 2 was ended by SIGKILL'] and 'rank 1 of 2' in capsys.readouterr().err
     assert DeadRank.__name__ == 'DeadRank' and how_it_ended(notebooks.PapermillExecutionError(2, 1, '', Stopped.__name__, 'stopped by SIGTERM; saved', []))[0] == 'stopped'
@@ -69,11 +69,13 @@ def test_a_dead_rank_is_no_fault_of_the_program(tmp_path, capsys):
 
 def test_a_kernel_that_is_buried_takes_what_it_started_with_it():
     code = "import subprocess, sys, time\np = subprocess.Popen(['sleep', '600'], start_new_session=True)\nprint(p.pid, flush=True)\ntime.sleep(600)"
-    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as kernel:
-        child = psutil.Process(int(kernel.stdout.readline()))
-        kernel.send_signal(signal.SIGSTOP)
-        notebooks._bury(None, dict(kernel=kernel.pid, kernel_born=psutil.Process(kernel.pid).create_time()))
-    assert kernel.returncode == -signal.SIGKILL and not child.is_running()
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as p:
+        kernel, child = psutil.Process(p.pid), psutil.Process(int(p.stdout.readline()))
+        kernel.suspend()
+        notebooks._bury(None, dict(kernel=p.pid, kernel_born=kernel.create_time() + 60))
+        assert kernel.is_running() and child.is_running(), 'another process, by the same number'
+        notebooks._bury(None, dict(kernel=p.pid, kernel_born=kernel.create_time()))
+        assert not kernel.is_running() and not until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE) is None
 
 
 # ---------------------------------------------------------------- trainings that are disturbed
@@ -134,3 +136,56 @@ def test_a_rank_that_is_killed_costs_nothing_but_time(whole, tmp_path):
         m.setattr(launch, 'Crew', None)
         train_ranks(small(tmp_path, **TRAIN), 2) # finished: nobody is started
     assert before == (run.scores.read_bytes(), run.log.path.read_bytes())
+
+
+def command(*args): return subprocess.Popen([sys.executable, '-m', 'kdocr.cli', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+@pytest.mark.slow
+def test_ranks_stop_with_their_notebook_and_end_with_its_kernel(whole, tmp_path):
+    "A rank, the kernel, SIGTERM; each time the same command again, in a folder of an awkward name."
+    run, words = RunFolder(tmp_path/'Läufe mit Lücken'/'e é'), dict(SMALL, **TRAIN, data=drawn(), out=tmp_path/'Läufe mit Lücken', name='e é', ranks=2)
+    ends, steps = [], []
+    for victim, at in (('rank', 2), ('kernel', 6), ('runner', 10)):
+        caller = command('run', 'train_kd', *(w for k, v in words.items() for w in ('-p', k, v)))
+        until(lambda: caller.poll() is not None or run.config.exists() and step(run) >= at and len(ranks_of(caller.pid)) == 2)
+        ranks = ranks_of(caller.pid)
+        if victim == 'rank': ranks[1].kill()
+        elif victim == 'kernel': os.kill(read_status(run.path)['kernel'], signal.SIGKILL)
+        else: caller.terminate()
+        said = caller.communicate(timeout=60)[1]
+        ends.append((caller.returncode, read_status(run.path)['state']))
+        assert not run.finished and not psutil.wait_procs(ranks.values(), 5)[1], said
+        steps.append(load_checkpoint(run.last)['step'] if run.last.exists() else 0)
+        assert said.splitlines()[-1].startswith('kdocr: ') and dict(rank='rank 1 of 2 was ended by SIGKILL', kernel='its kernel died', runner='stopped by SIGTERM')[victim] in said
+    assert ends == [(75, 'dead_rank'), (75, 'dead_kernel'), (143, 'stopped')]
+    assert steps[0] % 3 == steps[1] % 3 == 0 and steps[2] >= 10, 'a stop saves where it is, a kill leaves what was saved'
+    caller = command('run', 'train_kd', *(w for k, v in words.items() for w in ('-p', k, v)))
+    said = caller.communicate(timeout=120)
+    assert caller.returncode == 0, said[1]
+    assert read_status(run.path)['attempt'] == 4 and same_end(run, whole(0)) and (run.path/'figures'/'losses.png').exists()
+    shown = [o.text for c in nbformat.read(run.path/'train_kd.ipynb', 4).cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'stream' and o.name == 'stderr']
+    assert len(shown) == 1 and shown[0].count('16/16') == 1 and '100%' in shown[0], 'one bar'
+    assert 'ranks' not in yaml.safe_load(run.config.read_text()) and '16/16' in (run.path/'train_kd.log').read_text()
+
+
+@pytest.mark.slow
+def test_ranks_of_a_sweep_that_are_killed_end_as_if_nothing_had_been(whole, tmp_path):
+    "One of the two of each run, at a random moment: the sweep tries it again, and its scores are those of an undisturbed one."
+    rng, plan = random.Random(time.time_ns()), tmp_path/'s.yaml'
+    plan.write_text(yaml.safe_dump(dict(out=str(tmp_path/'out'), seeds=[0, 1], list=[dict(SMALL, **TRAIN, name='r', data=drawn(), ranks=2)])))
+    runs = [RunFolder(tmp_path/'out'/f'r-{s}') for s in (0, 1)]
+    caller = command('sweep', plan, '--cores', 1)
+    moments = [(rng.randrange(2), rng.randrange(12), rng.uniform(0, .1)) for _ in runs]
+    for run, moment in zip(runs, moments):
+        until(lambda: caller.poll() is not None or run.path.exists() and read_status(run.path)['state'] == 'running')
+        killed_at(run, *moment, pid=caller.pid).join()
+        until(lambda: caller.poll() is not None or run.finished)
+    out, err = caller.communicate(timeout=120)
+    assert caller.returncode == 0, err
+    for s, run in enumerate(runs):
+        assert f'r-{s}: running, try 2' in out and out.count(f'r-{s}: finished') == 1 and f'rank {moments[s][0]} of 2 was ended by SIGKILL' in out, out
+        assert same_end(run, whole(s)) and read_status(run.path)['attempt'] == 2 and not list(run.path.rglob('.*.tmp')), moments
+        assert [r['step'] for r in run.log.rows() if 'loss' in r] == list(range(1, 17))
+    again = command('sweep', plan, '--cores', 1)
+    assert '2 of 2 finished' in again.communicate(timeout=60)[0] and again.returncode == 0
+    assert all(read_status(r.path)['attempt'] == 2 for r in runs), 'finished once'
