@@ -60,7 +60,7 @@ def fault_of(ends:list[End], # in the order of time
     told = sorted((e for e in bad if e.code > 1), key=lambda e: (e.code != Outside.exit_code, e.rank))
     if not bad: return None
     if bad[0].status < 0: return DeadRank(f'{run}: rank {bad[0].rank} of {len(ends)} was ended by {signal.Signals(-bad[0].status).name}, perhaps for lack of memory; the same command goes on from the last checkpoint')
-    if not told: return RuntimeError(f'rank {bad[0].rank}: {bad[0].said}')
+    if not told: return RuntimeError(f'rank {bad[0].rank}: {bad[0].said or "it could not begin; what it printed says why"}')
     code, said = told[0].code, told[0].said
     if code > 128: return Stopped(code - 128, said.partition('; ')[2])
     return (Outside if code == Outside.exit_code else KdocrError)(said)

@@ -169,23 +169,19 @@ def test_ranks_stop_with_their_notebook_and_end_with_its_kernel(whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_ranks_of_a_sweep_that_are_killed_end_as_if_nothing_had_been(whole, tmp_path):
-    "One of the two of each run, at a random moment: the sweep tries it again, and its scores are those of an undisturbed one."
+def test_a_rank_of_a_sweep_that_is_killed_ends_as_if_nothing_had_been(whole, tmp_path, capsys):
+    "At a random moment of one of its runs: the sweep tries that one again, the other is not touched, and the scores are those of undisturbed ones."
     rng, plan = random.Random(time.time_ns()), tmp_path/'s.yaml'
     plan.write_text(yaml.safe_dump(dict(out=str(tmp_path/'out'), seeds=[0, 1], list=[dict(SMALL, **TRAIN, name='r', data=drawn(), ranks=2)])))
     runs = [RunFolder(tmp_path/'out'/f'r-{s}') for s in (0, 1)]
+    hit, rank, at, delay = moment = rng.randrange(2), rng.randrange(2), rng.randrange(12), rng.uniform(0, .1)
     caller = command('sweep', plan, '--cores', 1)
-    moments = [(rng.randrange(2), rng.randrange(12), rng.uniform(0, .1)) for _ in runs]
-    for run, moment in zip(runs, moments):
-        until(lambda: caller.poll() is not None or run.path.exists() and read_status(run.path)['state'] == 'running')
-        killed_at(run, *moment, pid=caller.pid).join()
-        until(lambda: caller.poll() is not None or run.finished)
-    out, err = caller.communicate(timeout=120)
+    until(lambda: caller.poll() is not None or runs[hit].path.exists() and read_status(runs[hit].path)['state'] == 'running')
+    killed_at(runs[hit], rank, at, delay, caller.pid)
+    out, err = caller.communicate(timeout=240)
     assert caller.returncode == 0, err
+    assert f'r-{hit}: running, try 2' in out and f'rank {rank} of 2 was ended by SIGKILL' in out and f'r-{1 - hit}: running, try' not in out, (moment, out)
+    assert main(['sweep', str(plan)]) == 0 and '2 of 2 finished' in capsys.readouterr().out
     for s, run in enumerate(runs):
-        assert f'r-{s}: running, try 2' in out and out.count(f'r-{s}: finished') == 1 and f'rank {moments[s][0]} of 2 was ended by SIGKILL' in out, out
-        assert same_end(run, whole(s)) and read_status(run.path)['attempt'] == 2 and not list(run.path.rglob('.*.tmp')), moments
-        assert [r['step'] for r in run.log.rows() if 'loss' in r] == list(range(1, 17))
-    again = command('sweep', plan, '--cores', 1)
-    assert '2 of 2 finished' in again.communicate(timeout=60)[0] and again.returncode == 0
-    assert all(read_status(r.path)['attempt'] == 2 for r in runs), 'finished once'
+        assert same_end(run, whole(s)) and read_status(run.path)['attempt'] == 1 + (s == hit) and out.count(f'r-{s}: finished') == 1, moment
+        assert [r['step'] for r in run.log.rows() if 'loss' in r] == list(range(1, 17)) and not list(run.path.rglob('.*.tmp'))
