@@ -16,13 +16,15 @@ from .run import RunFolder
 from .train_kd import train_kd
 
 # %% ../nbs/45_launch.ipynb #1a000005
-def check_ranks(cfg:Config, ranks:int # how many processes
+def check_ranks(cfg:Config,
+                ranks:int,     # how many processes
+                here:bool=True # on this machine; False: its GPUs are not looked at
                ) -> None:
     "Raises `KdocrError` naming what so many cannot share: the batch, or the machine's GPUs."
     if ranks < 1: raise KdocrError(f'ranks {ranks}: at least 1 is needed')
     last = Place(ranks - 1, ranks, ranks - 1)
     last.part(cfg.batch_size)
-    last.device(cfg.device)
+    if here: last.device(cfg.device)
 
 # %% ../nbs/45_launch.ipynb #1a000008
 def _follow(pipe): # end with the process that holds its other end

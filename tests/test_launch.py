@@ -16,8 +16,10 @@ from kdocr import launch, notebooks
 from kdocr.cli import main
 from kdocr.core import KdocrError, Outside, Stopped, read_json
 from kdocr.launch import DeadRank, End, check_ranks, fault_of, train_ranks
+from kdocr.jobs import Place, places
 from kdocr.notebooks import how_it_ended, read_status
 from kdocr.run import RunFolder, load_checkpoint
+from kdocr.sweep import config_of, make_sweep
 from training import SMALL, drawn, same_end, small
 
 TRAIN = dict(mode='teacher', steps=16, checkpoint_every=3, eval_every=8, log_every=1)
@@ -66,6 +68,20 @@ def test_a_dead_rank_is_no_fault_of_the_program(tmp_path, capsys):
     assert [read_status(tmp_path/'out')[k] for k in ('state', 'cell', 'error')] == ['dead_rank', 2, 'DeadRank: rank 1 of 2 was ended by SIGKILL'] and 'rank 1 of 2' in capsys.readouterr().err
     assert DeadRank.__name__ == 'DeadRank' and how_it_ended(notebooks.PapermillExecutionError(2, 1, '', Stopped.__name__, 'stopped by SIGTERM; saved', []))[0] == 'stopped'
 
+
+def test_a_job_of_several_ranks_has_a_gpu_and_a_core_for_each():
+    assert places(None, [0, 1, 2, 3], list('abcde'), 2) == [Place((0, 2), 'a,b'), Place((1, 3), 'c,d')]
+    assert places(None, [0, 1, 2, 3, 4], [], 2) == [Place((0, 2, 4), None), Place((1, 3), None)] and places(None, [0], [], 2) == [Place((0,), None)]
+    assert places(None, [0, 1], ['a'], 2) == [Place((0, 1), None)], 'too few GPUs: the run says so'
+
+@pytest.mark.parametrize('own, said', [(dict(ranks=2, batch_size=7), 'r: batch_size 7 has no equal shares for 2 ranks'), (dict(ranks=0), 'r: ranks 0: at least 1'), (dict(ranks='two'), 'r: parameter ranks: .*integer'),
+                                       (dict(rank=2), "unknown key 'rank'")])
+def test_a_sweep_refuses_ranks_that_cannot_be(tmp_path, own, said):
+    with pytest.raises(KdocrError, match=said): make_sweep(dict(out=str(tmp_path), list=[dict(own, name='r')]))
+
+def test_a_sweep_hands_ranks_to_the_notebook_and_not_to_the_config(tmp_path):
+    plan = make_sweep(dict(out=str(tmp_path), base=dict(batch_size=8, steps=3, data='/plates'), grid=dict(ranks=[1, 2])))
+    assert {j.name: j.params['ranks'] for j in plan.jobs} == {'ranks=1': 1, 'ranks=2': 2} and config_of(plan.jobs[0]).steps == 3
 
 def test_a_kernel_that_is_buried_takes_what_it_started_with_it():
     code = "import subprocess, sys, time\np = subprocess.Popen(['sleep', '600'], start_new_session=True)\nprint(p.pid, flush=True)\ntime.sleep(600)"
