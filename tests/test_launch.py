@@ -22,7 +22,7 @@ from kdocr.run import RunFolder, load_checkpoint
 from kdocr.sweep import config_of, make_sweep
 from training import SMALL, drawn, same_end, small
 
-TRAIN = dict(mode='teacher', steps=16, checkpoint_every=3, eval_every=8, log_every=1)
+TRAIN = dict(mode='teacher', steps=40, checkpoint_every=4, eval_every=16, log_every=1)
 
 
 @pytest.mark.parametrize('ranks, values, said', [(0, {}, 'ranks 0: at least 1 is needed'), (-2, {}, 'ranks -2: at least 1'), (2, dict(batch_size=7), 'batch_size 7 has no equal shares for 2 ranks; take 6 or 8'),
@@ -96,16 +96,6 @@ def test_a_kernel_that_is_buried_takes_what_it_started_with_it():
 
 # ---------------------------------------------------------------- trainings that are disturbed
 
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    "By seed: what two undisturbed ranks make of it."
-    made = {}
-    def make(seed):
-        if seed not in made: made[seed] = train_ranks(small(tmp_path_factory.mktemp('whole'), name='whole', seed=seed, **TRAIN), 2)
-        return made[seed]
-    return make
-
-
 def ranks_of(pid=None):
     "The ranks among the descendants of a process, by number."
     def number(p):
@@ -134,70 +124,69 @@ def killed_at(run, rank, at, delay, pid=None):
     return t
 
 
-@pytest.mark.slow
-def test_a_rank_that_is_killed_costs_nothing_but_time(whole, tmp_path):
-    "At random moments: while it starts, between two checkpoints, while it saves or validates."
-    run, rng = RunFolder(tmp_path/'run'), random.Random(time.time_ns())
-    moments = [(rng.randrange(2), at, rng.uniform(0, .15)) for at in (0, rng.randrange(1, 7), rng.randrange(7, 14))]
-    for rank, at, delay in moments:
-        killer = killed_at(run, rank, at, delay)
-        with pytest.raises(DeadRank, match=f'rank {rank} of 2 was ended by SIGKILL.*the same command goes on'): train_ranks(small(tmp_path, **TRAIN), 2)
-        killer.join()
-        assert not ranks_of() and not run.finished, moments
-    assert same_end(train_ranks(small(tmp_path, **TRAIN), 2), whole(0)), moments
-    assert [r['step'] for r in run.log.rows() if 'loss' in r] == list(range(1, 17)), 'each step once'
-    assert read_json(run.env)['usage']['ranks'] == 2 and not list(run.path.rglob('.*.tmp'))
-    before = run.scores.read_bytes(), run.log.path.read_bytes()
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(launch, 'Crew', None)
-        train_ranks(small(tmp_path, **TRAIN), 2) # finished: nobody is started
-    assert before == (run.scores.read_bytes(), run.log.path.read_bytes())
-
-
 def command(*args): return subprocess.Popen([sys.executable, '-m', 'kdocr.cli', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 @pytest.mark.slow
-def test_ranks_stop_with_their_notebook_and_end_with_its_kernel(whole, tmp_path):
-    "A rank, the kernel, SIGTERM; each time the same command again, in a folder of an awkward name."
-    run, words = RunFolder(tmp_path/'Läufe mit Lücken'/'e é'), dict(SMALL, **TRAIN, data=drawn(), out=tmp_path/'Läufe mit Lücken', name='e é', ranks=2)
+def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):
+    "One run: a rank is killed while it starts, another at a random moment; then, under a runner, a rank, the kernel, and a SIGTERM. Each time the same again, in a folder of an awkward name."
+    out, rng = tmp_path/'Läufe mit Lücken', random.Random(time.time_ns())
+    cfg, run = small(out, name='e é', **TRAIN), RunFolder(out/'e é')
+    whole = train_ranks(small(tmp_path, name='whole', **TRAIN), 2)
+
+    moments = [(rng.randrange(2), at, rng.uniform(0, .15)) for at in (0, rng.randrange(1, 10))]
+    for rank, at, delay in moments:
+        killer = killed_at(run, rank, at, delay)
+        with pytest.raises(DeadRank, match=f'rank {rank} of 2 was ended by SIGKILL.*the same command goes on'): train_ranks(cfg, 2)
+        killer.join()
+        assert not ranks_of() and not run.finished, moments
+
+    words = [w for k, v in dict(SMALL, **TRAIN, data=drawn(), out=out, name='e é', ranks=2).items() for w in ('-p', k, v)]
     ends, steps = [], []
-    for victim, at in (('rank', 2), ('kernel', 6), ('runner', 10)):
-        caller = command('run', 'train_kd', *(w for k, v in words.items() for w in ('-p', k, v)))
-        until(lambda: caller.poll() is not None or run.config.exists() and step(run) >= at and len(ranks_of(caller.pid)) == 2)
+    for victim, at in (('rank', rng.randrange(10, 14)), ('kernel', rng.randrange(14, 18)), ('runner', 18)):
+        caller = command('run', 'train_kd', *words)
+        until(lambda: caller.poll() is not None or step(run) >= at and len(ranks_of(caller.pid)) == 2)
         ranks = ranks_of(caller.pid)
-        if victim == 'rank': ranks[1].kill()
-        elif victim == 'kernel': os.kill(read_status(run.path)['kernel'], signal.SIGKILL)
-        else: caller.terminate()
+        {'rank': lambda: ranks[rng.randrange(2)].kill(), 'kernel': lambda: os.kill(read_status(run.path)['kernel'], signal.SIGKILL), 'runner': caller.terminate}[victim]()
         said = caller.communicate(timeout=60)[1]
         ends.append((caller.returncode, read_status(run.path)['state']))
         assert not run.finished and not psutil.wait_procs(ranks.values(), 5)[1], said
-        steps.append(load_checkpoint(run.last)['step'] if run.last.exists() else 0)
-        assert said.splitlines()[-1].startswith('kdocr: ') and dict(rank='rank 1 of 2 was ended by SIGKILL', kernel='its kernel died', runner='stopped by SIGTERM')[victim] in said
+        assert said.splitlines()[-1].startswith('kdocr: ') and dict(rank='of 2 was ended by SIGKILL', kernel='its kernel died', runner='stopped by SIGTERM')[victim] in said
+        steps.append(load_checkpoint(run.last)['step'])
     assert ends == [(75, 'dead_rank'), (75, 'dead_kernel'), (143, 'stopped')]
-    assert steps[0] % 3 == steps[1] % 3 == 0 and steps[2] >= 10, 'a stop saves where it is, a kill leaves what was saved'
-    caller = command('run', 'train_kd', *(w for k, v in words.items() for w in ('-p', k, v)))
+    assert steps[0] % 4 == steps[1] % 4 == 0 and steps[2] >= 18, 'a kill leaves what was saved, a stop saves where it is'
+
+    caller = command('run', 'train_kd', *words)
     said = caller.communicate(timeout=120)
     assert caller.returncode == 0, said[1]
-    assert read_status(run.path)['attempt'] == 4 and same_end(run, whole(0)) and (run.path/'figures'/'losses.png').exists()
+    assert same_end(run, whole) and read_status(run.path)['attempt'] == 4 and (run.path/'figures'/'losses.png').exists(), moments
+    assert [r['step'] for r in run.log.rows() if 'loss' in r] == list(range(1, 41)), 'each step once'
+    assert {p.name for p in run.last.parent.iterdir()} == {'last.pth', 'best.pth'}, 'no half-written file stays'
     shown = [o.text for c in nbformat.read(run.path/'train_kd.ipynb', 4).cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'stream' and o.name == 'stderr']
-    assert len(shown) == 1 and shown[0].count('16/16') == 1 and '100%' in shown[0], 'one bar'
-    assert 'ranks' not in yaml.safe_load(run.config.read_text()) and '16/16' in (run.path/'train_kd.log').read_text()
+    assert len(shown) == 1 and shown[0].count('40/40') == 1 and '40/40' in (run.path/'train_kd.log').read_text(), 'one bar'
+    assert 'ranks' not in yaml.safe_load(run.config.read_text()) and read_json(run.env)['usage']['ranks'] == 2
+
+    before = run.scores.read_bytes(), run.log.path.read_bytes()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(launch, 'Crew', None)
+        train_ranks(cfg, 2) # finished: nobody is started
+    assert before == (run.scores.read_bytes(), run.log.path.read_bytes())
 
 
 @pytest.mark.slow
-def test_a_rank_of_a_sweep_that_is_killed_ends_as_if_nothing_had_been(whole, tmp_path, capsys):
-    "At a random moment of one of its runs: the sweep tries that one again, the other is not touched, and the scores are those of undisturbed ones."
+def test_a_rank_of_a_sweep_that_is_killed_ends_as_if_nothing_had_been(tmp_path, capsys):
+    "Two runs alike; a rank of one of them is killed at a random moment. The sweep tries that one again, and both end in the same bits."
     rng, plan = random.Random(time.time_ns()), tmp_path/'s.yaml'
-    plan.write_text(yaml.safe_dump(dict(out=str(tmp_path/'out'), seeds=[0, 1], list=[dict(SMALL, **TRAIN, name='r', data=drawn(), ranks=2)])))
-    runs = [RunFolder(tmp_path/'out'/f'r-{s}') for s in (0, 1)]
-    hit, rank, at, delay = moment = rng.randrange(2), rng.randrange(2), rng.randrange(12), rng.uniform(0, .1)
+    plan.write_text(yaml.safe_dump(dict(out=str(tmp_path/'out'), base=dict(SMALL, **TRAIN, data=drawn(), ranks=2), list=[dict(name='a'), dict(name='b')])))
+    hit, rank, at, delay = moment = rng.choice('ab'), rng.randrange(2), rng.randrange(28), rng.uniform(0, .1)
+    runs = {n: RunFolder(tmp_path/'out'/n) for n in 'ab'}
     caller = command('sweep', plan, '--cores', 1)
     until(lambda: caller.poll() is not None or runs[hit].path.exists() and read_status(runs[hit].path)['state'] == 'running')
     killed_at(runs[hit], rank, at, delay, caller.pid)
     out, err = caller.communicate(timeout=240)
     assert caller.returncode == 0, err
-    assert f'r-{hit}: running, try 2' in out and f'rank {rank} of 2 was ended by SIGKILL' in out and f'r-{1 - hit}: running, try' not in out, (moment, out)
+    assert out.count('running, try 2') == 1 and f'{hit}: running, try 2' in out and f'rank {rank} of 2 was ended by SIGKILL' in out, (moment, out)
     assert main(['sweep', str(plan)]) == 0 and '2 of 2 finished' in capsys.readouterr().out
-    for s, run in enumerate(runs):
-        assert same_end(run, whole(s)) and read_status(run.path)['attempt'] == 1 + (s == hit) and out.count(f'r-{s}: finished') == 1, moment
-        assert [r['step'] for r in run.log.rows() if 'loss' in r] == list(range(1, 17)) and not list(run.path.rglob('.*.tmp'))
+    assert same_end(runs['a'], runs['b']), moment
+    for n, run in runs.items():
+        assert read_status(run.path)['attempt'] == 1 + (n == hit) and out.count(f'{n}: finished') == 1, moment
+        assert [r['step'] for r in run.log.rows() if 'loss' in r] == list(range(1, 41)) and not list(run.path.rglob('.*.tmp'))
