@@ -148,7 +148,7 @@ _RUNS = (
         arg('--filter', action='append', default=[], metavar='KEY=VALUE', help='only these; KEY is a column or a setting, VALUE may hold * and ?; give it again for the next one'),
         arg('--sort', default='name', metavar='KEY', help='by a column or a setting (default: name)'), arg('--reverse', action='store_true', help='largest first'),
         arg('--json', action='store_true', help='all that is known of each, as JSON')],
-        epilog='States: finished, running, stopped (by a person, a scheduler, or between two starts), failed (the notebook), timeout, dead_kernel, no_space, '
+        epilog='States: finished, running, stopped (by a person, a scheduler, or between two starts), failed (the notebook), timeout, dead_kernel, dead_rank, no_space, '
                'dead (the runner was killed), new (nothing has run yet), damaged (a file that cannot be read, named in the last column).'),
 )
 

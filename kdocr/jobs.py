@@ -49,7 +49,7 @@ def held(lock:Path) -> bool:
     with hold(lock) as mine: return not mine
 
 # %% ../nbs/54_jobs.ipynb #jb0011
-OUTSIDE = ('dead_kernel', 'lost', 'stopped')
+OUTSIDE = ('dead_kernel', 'dead_rank', 'lost', 'stopped')
 
 def disk_full(e:BaseException|None) -> bool:
     "Whether a full disk lies behind an error, however it was told of."
@@ -119,14 +119,16 @@ class Work:
 class Place(NamedTuple):
     "What one job has for itself."
     cores: tuple[int, ...] # empty: any
-    gpu: str|None          # what CUDA_VISIBLE_DEVICES says; None: as it is
+    gpu: str|None          # what CUDA_VISIBLE_DEVICES says, several for several ranks; None: as it is
 
 def places(cores:int|None,     # jobs at a time; None: one a GPU, or one a core
            machine:list[int],  # the cores that there are
-           gpus:list[str]      # and the GPUs
+           gpus:list[str],     # and the GPUs
+           ranks:int=1         # processes of a job; it has a GPU for each
           ) -> list[Place]:
     "Where jobs run beside each other; never two on one GPU."
-    n = min(cores or len(gpus), len(gpus)) if gpus else cores or len(machine)
+    gpus = [','.join(gpus[i:i + ranks]) for i in range(0, len(gpus) - ranks + 1, ranks)]
+    n = min(cores or len(gpus), len(gpus)) if gpus else cores or max(1, len(machine) // ranks)
     return [Place(tuple(machine[i::n]) if n <= len(machine) else (), gpus[i] if gpus else None) for i in range(n)]
 
 def machine_cores() -> list[int]: return sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else list(range(os.cpu_count()))
@@ -451,9 +453,10 @@ def engine_of(cluster:str, jobs:list[Job], out:Path, cores:int|None, **ask) -> L
     "What starts the jobs. Raises `KdocrError` for an unknown cluster, and for one that does not answer."
     if cluster not in CLUSTERS: raise KdocrError(f'cluster {cluster!r}{nearest(cluster, CLUSTERS)}')
     if cores is not None and cores < 1: raise KdocrError(f'cores {cores}: at least 1 is needed') # nobody would ever come to the queue's head
-    if cluster == 'slurm': return Slurm(out/'.sweep/jobs', cores, **ask)
+    ranks = max((int(j.params.get('ranks', 1)) for j in jobs), default=1)
+    if cluster == 'slurm': return Slurm(out/'.sweep/jobs', cores, **{'threads': ranks, **ask})
     gpus = [] if all(j.params.get('device') == 'cpu' for j in jobs) else machine_gpus()
-    return Local(out/'.sweep/jobs', places(cores, machine_cores(), gpus))
+    return Local(out/'.sweep/jobs', places(cores, machine_cores(), gpus, ranks))
 
 # %% ../nbs/54_jobs.ipynb #jb0040
 def run_jobs(jobs:list[Job],

@@ -219,8 +219,11 @@ def _bury(folder, before):
     "End the kernel of a runner that was killed: with the lock in our hand, nobody waits for it."
     try:
         kernel = psutil.Process(before['kernel'])
-        if abs(kernel.create_time() - before['kernel_born']) < 1: kernel.kill(); kernel.wait(10)
-    except (KeyError, psutil.NoSuchProcess, psutil.TimeoutExpired): pass
+        if abs(kernel.create_time() - before['kernel_born']) > 1: return # another process, by the same number
+        family = [kernel, *kernel.children(recursive=True)]              # with the ranks that it started
+        for p in family: p.kill()
+        psutil.wait_procs(family, 10)
+    except (KeyError, psutil.NoSuchProcess): pass
 
 def _listen(folder, before):
     "Wait until the other machine has been silent for long, or has said something."
@@ -267,13 +270,14 @@ class Traces:
 
 # %% ../nbs/52_notebooks.ipynb #27377db7
 _FULL_SAID = tuple(os.strerror(n) for n in FULL)
+_RAISED = dict(DeadRank='dead_rank', Stopped='stopped') # by name, since a kernel tells no more: of `kdocr.launch`, and a training that somebody else has stopped
 
 def how_it_ended(e:Exception # what executing it raised
                 ) -> tuple[str|None, int|None, str]: # state, cell and error; no state where the fault is ours
     "What became of a notebook that did not end well."
     if isinstance(e, PapermillExecutionError):
         full = any(s in str(e.evalue) for s in _FULL_SAID)
-        return 'no_space' if full else 'failed', e.cell_index, one_line(f'{e.ename}: {e.evalue}').rstrip(': ')
+        return 'no_space' if full else _RAISED.get(e.ename, 'failed'), e.cell_index, one_line(f'{e.ename}: {e.evalue}').rstrip(': ')
     if isinstance(e, DeadKernelError) or isinstance(e, RuntimeError) and 'ernel' in str(e): # one that dies at its start has no other name
         return 'dead_kernel', None, 'its kernel died, perhaps for lack of memory'
     if isinstance(e, OSError) and e.errno in FULL: return 'no_space', None, f'could not be kept ({e.strerror})'
@@ -286,7 +290,7 @@ class TimedOut(KdocrError):
     "A notebook took longer than it was given."
     exit_code = 124 # as timeout(1) has it
 
-_KINDS = dict(timeout=TimedOut, dead_kernel=Outside, no_space=Outside)
+_KINDS = dict(timeout=TimedOut, dead_kernel=Outside, dead_rank=Outside, no_space=Outside, stopped=Outside)
 
 class NotebookRun(Traces):
     "A notebook being executed; `result()` waits for it."

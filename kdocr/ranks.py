@@ -43,7 +43,7 @@ class Place:
         if name == 'auto' and not torch.cuda.is_available(): return 'cpu'
         if name not in ('auto', 'cuda'): raise KdocrError(f"device {name!r}: {self.world} ranks cannot share it; 'cuda' gives each a GPU of its own")
         if self.local_rank >= (n := torch.cuda.device_count()):
-            cure = f'--nproc_per_node {n}' if n else 'device cpu'
+            cure = f'{n} rank{"s" if n > 1 else ""}' if n else 'device cpu'
             raise KdocrError(f'device {name!r}: no GPU for rank {self.local_rank} of this machine, which has {n}; {cure} will do')
         return f'cuda:{self.local_rank}'
 

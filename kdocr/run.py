@@ -206,7 +206,9 @@ class RunFolder:
     def alone(self):
         "Keep other processes out of this run for the length of a `with`."
         with on_disk(self.path): self.path.mkdir(parents=True, exist_ok=True)
-        with sole(self.path/'.lock', 'training'): yield
+        with sole(self.path/'.lock', 'training'):
+            for half in (self.path/'checkpoints').glob('.*.tmp'): half.unlink() # of one that was killed while it saved
+            yield
 
     def note(self, **more):
         "Add to what env.json says."

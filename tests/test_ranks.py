@@ -267,7 +267,7 @@ def test_each_rank_has_the_gpu_of_its_local_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     assert [Place(5, 8, 1).device(n) for n in ('auto', 'cuda', 'cpu')] == ['cuda:1', 'cuda:1', 'cpu']
     assert [Place().device(n) for n in ('auto', 'cuda:1', 'cpu')] == ['auto', 'cuda:1', 'cpu']
-    with pytest.raises(KdocrError, match="device 'cuda': no GPU for rank 2 of this machine, which has 2; --nproc_per_node 2 will do"): Place(2, 4, 2).device('cuda')
+    with pytest.raises(KdocrError, match="device 'cuda': no GPU for rank 2 of this machine, which has 2; 2 ranks will do"): Place(2, 4, 2).device('cuda')
     with pytest.raises(KdocrError, match="device 'cuda:1': 4 ranks cannot share it"): Place(2, 4, 1).device('cuda:1')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)

@@ -160,5 +160,7 @@ def test_one_process_a_run(cfg):
         with pytest.raises(KdocrError, match=f'another process is at work on this run .training, pid {other.pid} on '):
             with run.alone(): pass
         other.kill()
-    with run.alone(): pass # the system freed it
+    save_checkpoint(run.last, about(1))
+    (run.last.parent/'.last.pth.x.tmp').write_bytes(b'half') # it was killed while it saved
+    with run.alone(): assert [p.name for p in run.last.parent.iterdir()] == ['last.pth'] # the system freed it
     assert DEFAULT_CHARS == cfg.charset

@@ -134,10 +134,10 @@ def test_where_a_sweep_cannot_run_is_said(tmp_path):
 
 def in_turn(tmp_path, monkeypatch, fails):
     "Three trainings, none of them real: the one called `b` ends with `fails`."
-    def train(cfg):
+    def train(cfg, ranks):
         if cfg.name == 'b': raise fails
         write_json(Path(cfg.out)/cfg.name/'scores.json', {})
-    monkeypatch.setattr('kdocr.sweep.train_kd', train)
+    monkeypatch.setattr('kdocr.sweep.train_ranks', train)
     return sweep(make_sweep(dict(out=str(tmp_path/'out'), base=dict(SMALL, data=drawn()), list=[dict(name=n, seed=i) for i, n in enumerate('abc')])), cores=0)
 
 
