@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'DISTILLATION', 'ENOUGH', 'DRAWS', 'DRAW_SEED', 'GAIN', 'ONE_SEED', 'METHOD', 'MANY', 'CHOSEN', 'Run',
-           'read_run', 'finished_runs', 'places', 'data_of', 'find_runs', 'runs_to_read', 'read_log', 'guided', 'arm',
-           'tell_apart', 'labels', 'aligned', 'paired', 'Interval', 'bootstrap_difference', 't_interval', 'mcnemar',
-           'Arm', 'method', 'differing', 'comparable', 'group_arms', 'arms_table', 'check_control', 'control_arm',
-           'control_of', 'judge', 'gain', 'comparisons', 'pct', 'gain_said', 'no_control_said', 'best_said',
-           'warnings_said', 'teachers_said', 'verdict', 'compare_table', 'compare_text', 'comparison', 'compare_runs',
-           'alignment_table', 'term_shares']
+           'read_values', 'read_run', 'finished_runs', 'places', 'data_of', 'find_runs', 'runs_to_read', 'read_log',
+           'guided', 'arm', 'tell_apart', 'labels', 'aligned', 'paired', 'Interval', 'bootstrap_difference',
+           't_interval', 'mcnemar', 'Arm', 'method', 'differing', 'comparable', 'group_arms', 'arms_table',
+           'check_control', 'control_arm', 'control_of', 'judge', 'gain', 'comparisons', 'pct', 'gain_said',
+           'no_control_said', 'best_said', 'warnings_said', 'teachers_said', 'verdict', 'compare_table', 'compare_text',
+           'comparison', 'compare_runs', 'alignment_table', 'term_shares']
 
 # %% ../nbs/50_compare.ipynb #cmp001
 from collections import Counter
@@ -48,6 +48,14 @@ class Run(NamedTuple):
     @property
     def preds(self) -> list[Prediction]: return self.parts[self.part]
 
+# %% ../nbs/50_compare.ipynb #055141ff
+def read_values(path:Path # env.json or scores.json
+               ) -> dict:
+    "Raises `KdocrError` naming a file that is missing, or of another form."
+    values = read_json(path)
+    if not isinstance(values, dict): raise KdocrError(f'{path}: no names and values in it')
+    return values
+
 def read_run(path:str|Path # a run folder
             ) -> Run:
     "A finished run. Raises `KdocrError` naming the folder where it is none, or not finished yet."
@@ -56,7 +64,7 @@ def read_run(path:str|Path # a run folder
     if not folder.finished: raise KdocrError(f'{path}: this run is not finished; the command that began it goes on with it')
     parts = {p.stem.removeprefix('predictions_'): folder.predictions(p.stem.removeprefix('predictions_')) for p in sorted(folder.path.glob('predictions_*.csv'))}
     if not parts.get('val') and not parts.get('test'): raise KdocrError(f'{path}: it holds no readings (predictions_val.csv or predictions_test.csv)')
-    env, scores = read_json(folder.env), read_json(folder.scores)
+    env, scores = read_values(folder.env), read_values(folder.scores)
     return Run(folder.path, load_config(folder.config), parts, {**{k: env.get(k) for k in FACTS}, 'steps': scores.get('steps')})
 
 def finished_runs(folder:str|Path # a results folder
@@ -74,7 +82,7 @@ def places(run:Run, named:Path # a path, as the config has it
 
 def data_of(run:Run) -> Path:
     "Where a run's data are: of several places the one with its fingerprint. Raises `KdocrError` naming those where they are not."
-    kept = read_json(RunFolder(run.path).env) if RunFolder(run.path).env.is_file() else {}
+    kept = read_values(RunFolder(run.path).env) if RunFolder(run.path).env.is_file() else {}
     asked = list(dict.fromkeys([*([Path(kept['data'])] if kept.get('data') else []), *places(run, run.cfg.data or run.cfg.out/'embedded')]))
     there = [p for p in asked if p.exists()]
     if not there: raise KdocrError(f'{run.path}: its data are gone, there is no folder {" nor ".join(map(str, asked))}')
@@ -212,10 +220,13 @@ def differing(a:dict, b:dict) -> list[str]: # 'lr is 0.001 and 0.003'
 
 # %% ../nbs/50_compare.ipynb #bbbc1a4c
 def comparable(runs:list[Run]) -> tuple[list[Run], list[str]]: # a line for each that is left out
-    "The runs on the data and the split that most of them have."
-    def data(r): return r.facts.get('data_fingerprint'), r.facts.get('split_hash')
-    most = Counter(map(data, runs)).most_common(1)[0][0] if runs else None
-    return [r for r in runs if data(r) == most], [f'{r.path}: it was made on other data or another split than most of these runs' for r in runs if data(r) != most]
+    "The runs on the data and the split that most of them have; of the students those that read the tracks that most of these read."
+    def most(runs, of, what):
+        usual = Counter(map(of, runs)).most_common(1)[0][0] if runs else None
+        return [r for r in runs if of(r) == usual], [f'{r.path}: {what} than most of these runs' for r in runs if of(r) != usual]
+    kept, said = most(runs, lambda r: (r.facts.get('data_fingerprint'), r.facts.get('split_hash')), 'it was made on other data or another split')
+    students, more = most([r for r in kept if r.cfg.mode == 'student'], lambda r: frozenset(p.key for p in r.preds), 'it read other held-out tracks')
+    return [r for r in kept if r.cfg.mode != 'student' or r in students], said + more
 
 # %% ../nbs/50_compare.ipynb #cmp026
 def _refuse(a, b, why): raise KdocrError(f'{a.path} and {b.path}: {why}')

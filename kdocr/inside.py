@@ -486,7 +486,8 @@ def read_curve(path:Path) -> Curve: # a run folder
     "Raises `KdocrError` naming a folder that is no run, or has no steps yet."
     folder = RunFolder(Path(path))
     if not folder.config.is_file(): raise KdocrError(f'{path}: not a run folder (it has no config.yaml)')
-    log = read_log(path)
+    try: log = read_log(path)
+    except ValueError as e: raise KdocrError(f'{folder.log.path}: a damaged line ({e})') from None
     if not len(log) or 'step' not in log: raise KdocrError(f'{path}: its log has no steps yet')
     return Curve(folder.path, load_config(folder.config), log, folder.finished)
 
@@ -557,7 +558,8 @@ def plot_runs(arms:list[Arm], pick,   # a log -> a series by step, or None
         if not runs: continue
         seeds, points = max(seeds, len(runs)), max(points, *map(len, runs))
         draw_series(ax, runs, smoothing(len(runs[0]), window), arm.label, **{k: v for k, v in look.items() if k != 'marker'})
-    ax.set(xlabel=f'training step (n = {points})', ylabel=ylabel + (' (log scale)' if logy else ''))
+    ax.set(xlabel='training step' + f' (n = {points})'*(points > 0), ylabel=ylabel + ' (log scale)'*logy)
+    if not points: ax.text(.5, .5, 'not measured', transform=ax.transAxes, ha='center', fontsize=8, color='0.4')
     if logy: ax.set_yscale('log')
     if legend and ax.lines: ax.legend(fontsize=7.5, title=smoothed_how(smoothing(points, window), seeds), title_fontsize=7, ncols=2, loc='upper left', bbox_to_anchor=(0, -.2), alignment='left', borderpad=0)
     return ax

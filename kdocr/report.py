@@ -139,6 +139,7 @@ def readable(paths:list[str|Path]         # run folders, and folders of run fold
     if not runs: raise KdocrError('; '.join(said) or 'no run was named')
     return runs, said + others
 
+# %% ../nbs/53_report.ipynb #be6a90b2
 def report(runs:list[str|Path],         # run folders, and folders of run folders
            out:str|Path='report.html',
            note:str=''                  # a warning to stand above all
@@ -154,7 +155,7 @@ def report(runs:list[str|Path],         # run folders, and folders of run folder
     plt.switch_backend(backend)
     params = {'runs': [r.path for r in runs], 'out': folder}
     parts += [notebook_html(done) for done in finish([start_notebook(name, folder, params) for name in ANALYSES], 'report')]
-    notes = ''.join(f'<p>{html.escape(l)}</p>' for l in [*([note] if note else []), *(f'Left out: {l}' for l in left)])
-    head = f'<div class=note>{notes}</div>' if notes else ''
-    with atomic_write(out) as tmp: tmp.write_text(page('Does a low-resolution reader learn from its high-resolution teacher?', head, *parts, made_of(runs)), encoding='utf-8')
+    def noted(lines): return [f"<div class=note>{''.join(f'<p>{html.escape(l)}</p>' for l in lines)}</div>"] if lines else []
+    parts[1:1] = noted([f'Left out: {l}' for l in left]) # under the verdict
+    with atomic_write(out) as tmp: tmp.write_text(page('Does a low-resolution reader learn from its high-resolution teacher?', *noted([note] if note else []), *parts, made_of(runs)), encoding='utf-8')
     return out
