@@ -12,7 +12,7 @@ __all__ = ['LOCK', 'LOOK', 'HIDE', 'CAMERA', 'LIGHT', 'LOOKS', 'SAMPLE', 'WHICH'
            'stand_in_run', 'moves', 'latencies', 'plot_latencies', 'watching']
 
 # %% ../nbs/58_explore.ipynb #x58002
-import base64, gc, html, json, tempfile, threading, time
+import base64, gc, html, json, tempfile, textwrap, threading, time
 from collections import Counter
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -71,7 +71,7 @@ def figure(width:float, height:float, # inches
     return fig
 
 HIDE = ('<style>.jp-OutputArea-child:has(.kdocr-live) + .jp-OutputArea-child {display: none} '
-        '.kdocr-said {font-size: 12px; line-height: 1.4; color: #555} .kdocr-error {font-size: 12px; color: #b2182b}</style>')
+        '.kdocr-said {font-size: 12px; line-height: 1.4; color: #555} .kdocr-error {font-size: 12px; color: #b2182b} .kdocr-old {opacity: .3}</style>')
 
 # %% ../nbs/58_explore.ipynb #x58007
 class Shown:
@@ -83,6 +83,7 @@ class Shown:
     def show(self, picture:bytes|None, wrong:str=''): # None: what was there stays; why there is no other
         "Put up a picture, or say why there is none."
         if picture: self.image.value = picture
+        (self.image.add_class if wrong else self.image.remove_class)('kdocr-old') # pale: not what the controls ask for
         lines = [('said', l) for l in self.said] + [('error', wrong)]*bool(wrong)
         self.note.value = ''.join(f'<div class="kdocr-{k}">{html.escape(l)}</div>' for k, l in lines)
         if self.static: self.static.update(self.plain(), raw=True)
@@ -521,7 +522,7 @@ def explore_alignment(teacher,   # a run folder or a checkpoint; None: the one t
         c['channel'].disabled = c['measure'].value != 'channel'
     def draw(student, part, which, plate, tap, channel, measure):
         if not state['rows']: raise KdocrError(f'no plate of this part: {which}')
-        return alignment_figure(by[student], t, part, state['rows'][plate - 1], tap, channel, measure, f"plate {plate:,} of {len(state['rows']):,}")
+        return alignment_figure(by[student], t, part, state['rows'][plate - 1], tap, channel, measure, f"plate {plate:,} of {len(state['rows']):,}" + (f', {which}' if which != 'all' else ''))
     first = {'student': _pick('student', list(by)), 'part': _pick('part', [('validation', 'val'), ('training', 'train')]), 'which': _pick('plates', list(WHICH)), 'plate': _slider('plate', 1, 1, 1, 1, live=False, width='420px')}
     second = {'tap': _pick('tap', [('', '')]), 'measure': _pick('measure', list(LOOKS)), 'channel': _slider('channel', 0, 0, 1, 0, live=False)}
     return Explorer({'': first, ' ': second}, draw, adapt, said)
@@ -572,11 +573,13 @@ def runs_panels(n:int, lines:int # panels, and lines of the legend above them
 
 def _short(name): return name if len(name) <= LONG else name[:LONG - 1] + '…'
 
-def _head(fig, said, legends): # what is shown, and beneath it at some x the names of the lines of some axes in so many columns
-    fig.text(.01, 1 - .07/fig.get_figheight(), said, va='top', fontsize=9.5)
-    for x, of, ncols in legends:
-        handles = {l.get_label(): l for ax in of for l in ax.lines if not l.get_label().startswith('_')}
-        if handles: fig.legend(handles.values(), handles, loc='upper left', fontsize=8, bbox_to_anchor=(x, 1 - .3/fig.get_figheight()), borderpad=0, ncols=ncols)
+def _head(fig, said, legends): # what is shown, and beneath it at some x a legend in so many columns: the names wanted, of the lines of some axes
+    fig.text(.01, 1 - .07/fig.get_figheight(), '\n'.join(said), va='top', fontsize=9.5)
+    top = 1 - (.3 + .17*(len(said) - 1))/fig.get_figheight()
+    for x, of, names, ncols in legends:
+        found = {l.get_label(): l for ax in of for l in ax.lines}
+        shown = [k for k in names if k in found]
+        if shown: fig.legend([found[k] for k in shown], shown, loc='upper left', fontsize=8, bbox_to_anchor=(x, top), borderpad=0, ncols=ncols)
 
 # %% ../nbs/58_explore.ipynb #81fbe98e
 def runs_figure(arms:list[Arm], keys:list[str], what:str, logy:bool, window:int, by:str # 'run' or 'term': what a panel is of
@@ -586,7 +589,10 @@ def runs_figure(arms:list[Arm], keys:list[str], what:str, logy:bool, window:int,
     names = [a.label for a in arms] if by == 'run' else [t.label for t in terms]
     n, left_out = min(len(names), PANELS), names[PANELS:]
     beside = 1 if len(arms) < 4 else 2 if by == 'run' else 3 # columns of the legend
-    fig, axs = runs_panels(n, max(-(-len(arms)//beside), len(terms) if by == 'run' else 0))
+    points = max((len(l[l.ctc.notna()]) for a in arms for l in a.logs if 'ctc' in l), default=0)
+    said = f'{WHATS[what]}: {len(arms)} arm{"s" * (len(arms) > 1)} side by side, {smoothed_how(smoothing(points, window), max(len(a.logs) for a in arms))}'
+    said = textwrap.wrap(said + (f' (not shown: {", ".join(left_out)})' if left_out else ''), 120)
+    fig, axs = runs_panels(n, len(said) - 1 + max(-(-len(arms)//beside), len(terms) if by == 'run' else 0))
     for i, ax in enumerate(axs[:n]):
         if by == 'run': plot_terms(arms[i], what, logy, window, False, terms, ax)
         else: plot_runs(arms, lambda log: series(log, terms[i].key, what), WHATS[what], logy and what != 'cosine', window, False, ax)
@@ -596,9 +602,7 @@ def runs_figure(arms:list[Arm], keys:list[str], what:str, logy:bool, window:int,
         if ax.get_subplotspec().colspan.start: ax.set_ylabel('')
     plot_runs(arms, column('val_rr', 100), 'exact match, validation (%)', window=1, legend=False, ax=axs[n]).set_ylim(-3, 103)
     axs[n].set_title('accuracy', fontsize=8.5)
-    points = max((len(l[l.ctc.notna()]) for a in arms for l in a.logs if 'ctc' in l), default=0)
-    said = f'{WHATS[what]}: {len(arms)} arm{"s" * (len(arms) > 1)} side by side, {smoothed_how(smoothing(points, window), max(len(a.logs) for a in arms))}'
-    _head(fig, said + (f' (not shown: {", ".join(left_out)})' if left_out else ''), ((.01, [axs[n]], beside), (.68, axs[:n] if by == 'run' else (), 1)))
+    _head(fig, said, ((.01, [axs[n]], [a.label for a in arms], beside), (.68, axs[:n], [t.label for t in terms] if by == 'run' else (), 1)))
     return fig
 
 # %% ../nbs/58_explore.ipynb #x58041
@@ -634,7 +638,7 @@ def explore_runs(results # a folder of run folders, or a list of run folders
         if not runs or not terms: raise KdocrError('choose a run and a term (several with Ctrl or Shift)')
         return runs_figure(chosen_arms(runs), list(terms), what, scale == 'log', smoothing, panels)
     many = dict(layout=dict(width='440px', height=f'{min(8, len(names) + 1)*19 + 12}px'), style=dict(description_width='40px'))
-    lists = {'runs': W.SelectMultiple(options=names, value=start, description='runs', **many), 'terms': W.SelectMultiple(options=[], description='terms', layout=dict(width='230px', height='100px'), style=dict(description_width='40px'))}
+    lists = {'runs': W.SelectMultiple(options=names, value=start, description='runs', **many), 'terms': W.SelectMultiple(options=[], description='terms', layout=dict(width='230px', height='145px'), style=dict(description_width='40px'))}
     rest = {'what': _pick('show', [(v, k) for k, v in WHATS.items()]), 'scale': W.ToggleButtons(options=['log', 'linear'], style=dict(button_width='60px')), 'smoothing': _slider('smooth', 0, 101, 1, 0, 'points of the running median; 0: a fiftieth of the points', live=False),
             'panels': _pick('a panel for each', ['run', 'term'])}
     return Explorer({'': lists, ' ': rest}, draw, adapt, said)

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 from .metrics import by_position, grouped, height_bin, wilson
 
@@ -67,10 +68,13 @@ def percent_range(ax, lo:float, hi:float # shares of 1, the lowest and the highe
     ax.set_ylim(max(-2., 100*lo - room), min(102., 100*hi + room))
 
 def plain_log(ax) -> None:
-    "Numbers without powers on a logarithmic vertical axis."
-    ax.yaxis.set_major_formatter('{x:g}')
+    "Numbers without powers on a logarithmic vertical axis: 1, 2 and 5 of each decade, or round steps where it spans less than that."
     lo, hi = ax.get_ylim()
-    ax.yaxis.set_minor_formatter((lambda v, _: f'{v:g}' if f'{v:e}'[0] in '25' else '') if hi < 50*lo else '')
+    ax.yaxis.set_major_formatter('{x:g}')
+    if hi < 4*lo:
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_minor_locator(NullLocator())
+    else: ax.yaxis.set_minor_formatter((lambda v, _: f'{v:g}' if f'{v:.2e}'[:4] in ('2.00', '5.00') else '') if hi < 50*lo else '')
     ax.tick_params(axis='y', which='both', labelsize=8)
 
 def wrapped(label:str, width:int=24) -> str:

@@ -110,9 +110,9 @@ def test_an_error_is_said_and_the_picture_stays():
     before = ex.image.value
     assert 'x &lt; y' in said(ex) and 'kdocr-error' not in said(ex)
     ex['n'].value = 13
-    assert 'kdocr-error' in said(ex) and '13: no such &lt;b&gt;luck' in said(ex) and ex.image.value == before
+    assert 'kdocr-error' in said(ex) and '13: no such &lt;b&gt;luck' in said(ex) and ex.image.value == before and 'kdocr-old' in ex.image._dom_classes
     ex['n'].value = 4
-    assert 'kdocr-error' not in said(ex) and 'x &lt; y' in said(ex) and ex.image.value != before
+    assert 'kdocr-error' not in said(ex) and 'x &lt; y' in said(ex) and ex.image.value != before and 'kdocr-old' not in ex.image._dom_classes
     with pytest.raises(KdocrError, match="control 'powr': did you mean 'power'"): ex['powr']
 
 def test_a_fault_of_the_program_is_shown_too():
@@ -298,6 +298,9 @@ def test_students_that_do_not_fit_are_named_and_the_rest_goes_on(results):
 def test_a_published_teacher_tells_its_run_and_a_bare_checkpoint_nothing(results, tmp_path):
     ex = explore_alignment(results/'teacher_best.pth', results/'control')                    # data and readings are known by the run folder beside it
     assert not ex['which'].disabled and not explore_alignment(None, results/'control')['which'].disabled
+    before = ex.image.value
+    ex['which'].value = 'both wrong'                                                         # all of them, after four steps: the picture says so
+    assert ex.image.value != before and 'both wrong' in words(ex.figure())
     shutil.copy(results/'teacher_best.pth', tmp_path/'bare.pth')
     with pytest.raises(KdocrError, match='name the folder'): explore_alignment(tmp_path/'bare.pth', tmp_path/'bare.pth')
     assert explore_alignment(tmp_path/'bare.pth', tmp_path/'bare.pth', drawn())['which'].disabled

@@ -62,6 +62,12 @@ def test_a_logarithmic_axis_has_plain_numbers():
     fig.draw_without_rendering()
     said = [t.get_text() for t in ax.get_yticklabels(which='both')]
     assert {'0.1', '1', '10'} <= set(said) and not any('$' in t for t in said)
+    for lo, hi, least in ((2., 9., {'2', '5'}), (15, 29, {'20'}), (.51, .6, {'0.55'})): # never fewer than two numbers on it
+        ax.set_ylim(lo, hi)
+        plain_log(ax)
+        fig.draw_without_rendering()
+        inside = [t.get_text() for t in ax.get_yticklabels(which='both') if t.get_text() and lo <= t.get_position()[1] <= hi]
+        assert least <= set(inside) and len(inside) > 1 and not any('$' in t for t in inside), inside
 
 def test_one_legend_over_all_panels():
     fig, axs = grid(2, 2, 3, 2)
