@@ -20,7 +20,6 @@ from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
-import cv2
 import ipywidgets as W
 import numpy as np
 import pandas as pd
@@ -245,6 +244,7 @@ def fine(x:np.ndarray) -> str:
     "The share of the energy above 0.2 cycles a pixel."
     return f'{sum(v for (lo, _), v in spectrum(x).items() if lo >= .2):.0%} of the energy above 0.2 cycles a pixel'
 
+# %% ../nbs/58_explore.ipynb #58f044a5
 def track_figure(row, v:dict, where:str) -> Figure: # row of `tracks_frame`; v: the sliders' values; where: 'plate 3 of 40'
     "All frames, then side by side: the first HR frame, what the sliders make of it, and the real LR frame."
     lr, hr, wrong = frames_of(row.track)
@@ -297,6 +297,7 @@ class Asked(NamedTuple):
     taps:dict[str, Tensor] # (b,t,d) each, 'logits' among them
     images:Tensor          # (b,f,3,H,W) that it saw
 
+# %% ../nbs/58_explore.ipynb #594ab441
 class Asking:
     "A network's answers about a data set, a chunk at a time; the latest chunks are kept."
     def __init__(self, model:nn.Module, # in eval mode
@@ -611,6 +612,7 @@ def run_paths(results) -> list: # run folders, or what is no such thing, for som
     many = [results] if isinstance(results, (str, Path)) else list(results)
     return [p for r in many for p in ([q for part in find_runs([r]) for q in part] if any(Path(r).glob('*/config.yaml')) else [r])]
 
+# %% ../nbs/58_explore.ipynb #4754ebb9
 def explore_runs(results # a folder of run folders, or a list of run folders
                 ) -> Explorer:
     "Choose runs and terms; seeds of one arm become a band. Raises `KdocrError` where there is no finished run."
@@ -637,8 +639,8 @@ def explore_runs(results # a folder of run folders, or a list of run folders
         if runs and not any(map(curve, runs)): raise KdocrError('none of the runs that are chosen has a log to draw')
         if not runs or not terms: raise KdocrError('choose a run and a term (several with Ctrl or Shift)')
         return runs_figure(chosen_arms(runs), list(terms), what, scale == 'log', smoothing, panels)
-    many = dict(layout=dict(width='440px', height=f'{min(8, len(names) + 1)*19 + 12}px'), style=dict(description_width='40px'))
-    lists = {'runs': W.SelectMultiple(options=names, value=start, description='runs', **many), 'terms': W.SelectMultiple(options=[], description='terms', layout=dict(width='230px', height='145px'), style=dict(description_width='40px'))}
+    def many(name, width, **kw): return W.SelectMultiple(description=name, layout=dict(width=width, height=f'{max(6, min(8, len(names) + 1))*19 + 12}px'), style=dict(description_width='40px'), **kw)
+    lists = {'runs': many('runs', '440px', options=names, value=start), 'terms': many('terms', '230px', options=[])}
     rest = {'what': _pick('show', [(v, k) for k, v in WHATS.items()]), 'scale': W.ToggleButtons(options=['log', 'linear'], style=dict(button_width='60px')), 'smoothing': _slider('smooth', 0, 101, 1, 0, 'points of the running median; 0: a fiftieth of the points', live=False),
             'panels': _pick('a panel for each', ['run', 'term'])}
     return Explorer({'': lists, ' ': rest}, draw, adapt, said)

@@ -30,11 +30,11 @@ from .charset import Charset
 from .config import Config, load_config
 from .metrics import Prediction, wilson
 from .data import Data, open_data
-from .taps import HookTaps, TapOut
+from .taps import HookTaps
 from .blocks import AttentionFusion, EncoderLayer
 from .ctc import greedy
 from .losses import align_steps
-from .alignment import attention_map, channel_norms, cosine_by_position, dead_channels, entropy, error_by_position, frame_agreement, linear_cka, relative_mse, spikes
+from .alignment import attention_map, channel_norms, cosine_by_position, dead_channels, error_by_position
 from .run import RunFolder, load_checkpoint, load_model, state_hash
 from .train import read_frames
 from .compare import Run, arm as arm_name, data_of, labels, paired, places, read_log
