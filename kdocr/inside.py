@@ -338,7 +338,7 @@ def plot_heads(weights:dict[str, Tensor], # reader -> (heads,t,t)
                title:str=''):
     "A row of heads for each reader. Returns the figure."
     cols, top = max(len(w) for w in weights.values()), max(float(w.max()) for w in weights.values())
-    fig, axs = plt.subplots(len(weights), cols, figsize=(1.6 + 1.5 * cols, .8 + 1.1 * len(weights)), squeeze=False, sharex=True, sharey=True)
+    fig, axs = plt.subplots(len(weights), cols, figsize=(min(PAGE, 1.6 + 1.5 * cols), .8 + 1.1 * len(weights)), squeeze=False, sharex=True, sharey=True)
     for ax in axs.flat: ax.set_axis_off()
     for i, (row, (name, w)) in enumerate(zip(axs, weights.items())):
         for h, (ax, a) in enumerate(zip(row, w)):

@@ -16,7 +16,7 @@ from kdocr.config import Config, load_config, save_config
 from kdocr.charset import DEFAULT_CHARS, Charset
 from kdocr.metrics import Prediction, wilson
 from kdocr.notebooks import run_notebook
-from kdocr.figures import TERMS, plot_spikes, use_style
+from kdocr.figures import PAGE, TERMS, plot_spikes, use_style
 from kdocr.restran import make_model
 from kdocr.run import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.compare import Run, read_run
@@ -371,13 +371,14 @@ def executed(name, out, runs, **kw):
     "What the notebook printed, and the names of its figures."
     nb = nbformat.read(run_notebook(name, out, dict(runs=[str(r) for r in runs], out=str(out), **kw)), 4)
     text = ''.join(o.get('text', '') for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'stream' and o.name == 'stdout')
+    for p in (Path(out)/'figures').glob('*.png'): assert plt.imread(p).shape[1] <= 200*PAGE + 1, f'{p.name} is wider than a page'
     return text, {p.stem for p in (Path(out)/'figures').glob('*.png')}, {p.stem for p in (Path(out)/'figures').glob('*.pdf')}
 
 @pytest.mark.slow
 def test_feature_alignment_goes_on_with_the_rest(results, tmp_path):
     text, png, pdf = executed('feature_alignment', tmp_path, [results/n for n in NAMES], plates=1, channels=1)
     for name, why in (('unfinished', 'not finished'), ('moved', 'other data'), ('empty', 'not a run folder'), ('damaged', 'damaged')): assert any(name in l and why in l for l in text.split('\n')), (name, text)
-    assert "logits: its charset is" in text and "another width than the teacher's" in text and 'One frame at a time' in text and 'validation tracks, 6 students' in text
+    assert "logits: its charset is" in text and "another width than the teacher's" in text and 'One frame at a time' in text and 'validation tracks, 6 students of 5 arms' in text
     assert png == pdf >= {'maps_backbone_out', 'maps_transformer_out', 'maps_logits', 'channels_under_plate', 'attention_refiner', 'by_position', 'alignment', 'layers', 'channels', 'heads', 'fusion_0', 'spikes', 'confidence', 'cka_accuracy'}
 
 @pytest.mark.slow
