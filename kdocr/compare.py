@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'DISTILLATION', 'ENOUGH', 'DRAWS', 'DRAW_SEED', 'GAIN', 'ONE_SEED', 'METHOD', 'MANY', 'CHOSEN', 'Run',
-           'read_run', 'finished_runs', 'find_runs', 'runs_to_read', 'read_log', 'guided', 'arm', 'tell_apart',
-           'labels', 'aligned', 'paired', 'Interval', 'bootstrap_difference', 't_interval', 'mcnemar', 'Arm', 'method',
-           'differing', 'group_arms', 'arms_table', 'check_control', 'control_arm', 'control_of', 'judge', 'gain',
-           'comparisons', 'pct', 'gain_said', 'no_control_said', 'best_said', 'warnings_said', 'teachers_said',
-           'verdict', 'compare_table', 'compare_text', 'comparison', 'compare_runs', 'alignment_table', 'term_shares']
+           'read_values', 'read_run', 'finished_runs', 'places', 'data_of', 'find_runs', 'runs_to_read', 'read_log',
+           'guided', 'arm', 'tell_apart', 'labels', 'aligned', 'paired', 'Interval', 'bootstrap_difference',
+           't_interval', 'mcnemar', 'Arm', 'method', 'differing', 'comparable', 'group_arms', 'arms_table',
+           'check_control', 'control_arm', 'control_of', 'judge', 'gain', 'comparisons', 'pct', 'gain_said',
+           'no_control_said', 'best_said', 'warnings_said', 'teachers_said', 'verdict', 'compare_table', 'compare_text',
+           'comparison', 'compare_runs', 'alignment_table', 'term_shares']
 
 # %% ../nbs/50_compare.ipynb #cmp001
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from shlex import quote
@@ -22,6 +24,7 @@ from scipy.stats import binomtest, t as student_t
 from .core import KdocrError, nearest, np_rng, read_json
 from .config import Config, RunSettings, ViewSettings, load_config
 from .metrics import Prediction, cer, confidence_gap, recognition_rate, wilson
+from .icpr import index
 from .data import open_data
 from .losses import align_steps
 from .alignment import linear_cka
@@ -45,6 +48,14 @@ class Run(NamedTuple):
     @property
     def preds(self) -> list[Prediction]: return self.parts[self.part]
 
+# %% ../nbs/50_compare.ipynb #055141ff
+def read_values(path:Path # env.json or scores.json
+               ) -> dict:
+    "Raises `KdocrError` naming a file that is missing, or of another form."
+    values = read_json(path)
+    if not isinstance(values, dict): raise KdocrError(f'{path}: no names and values in it')
+    return values
+
 def read_run(path:str|Path # a run folder
             ) -> Run:
     "A finished run. Raises `KdocrError` naming the folder where it is none, or not finished yet."
@@ -53,13 +64,32 @@ def read_run(path:str|Path # a run folder
     if not folder.finished: raise KdocrError(f'{path}: this run is not finished; the command that began it goes on with it')
     parts = {p.stem.removeprefix('predictions_'): folder.predictions(p.stem.removeprefix('predictions_')) for p in sorted(folder.path.glob('predictions_*.csv'))}
     if not parts.get('val') and not parts.get('test'): raise KdocrError(f'{path}: it holds no readings (predictions_val.csv or predictions_test.csv)')
-    env, scores = read_json(folder.env), read_json(folder.scores)
+    env, scores = read_values(folder.env), read_values(folder.scores)
     return Run(folder.path, load_config(folder.config), parts, {**{k: env.get(k) for k in FACTS}, 'steps': scores.get('steps')})
 
 def finished_runs(folder:str|Path # a results folder
                  ) -> list[Path]:
     "The run folders in it that are finished, by name."
     return sorted(p.parent for p in Path(folder).glob('*/scores.json') if (p.parent/'config.yaml').is_file())
+
+# %% ../nbs/50_compare.ipynb #04fd4264
+def places(run:Run, named:Path # a path, as the config has it
+          ) -> list[Path]:     # the likeliest first, all of them absolute
+    "Where a file or folder that a run names may lie by now."
+    above, out = run.path.absolute().parents, run.cfg.out
+    start = [above[len(out.parts)]] if not out.is_absolute() and len(out.parts) < len(above) else []
+    return list(dict.fromkeys([*(s/named for s in start), named.absolute(), above[0]/named.name])) # an absolute `named` stays what it is
+
+def data_of(run:Run) -> Path:
+    "Where a run's data are: of several places the one with its fingerprint. Raises `KdocrError` naming those where they are not."
+    kept = read_values(RunFolder(run.path).env) if RunFolder(run.path).env.is_file() else {}
+    asked = list(dict.fromkeys([*([Path(kept['data'])] if kept.get('data') else []), *places(run, run.cfg.data or run.cfg.out/'embedded')]))
+    there = [p for p in asked if p.exists()]
+    if not there: raise KdocrError(f'{run.path}: its data are gone, there is no folder {" nor ".join(map(str, asked))}')
+    def its(p):
+        try: return index(p).fingerprint == kept.get('data_fingerprint')
+        except KdocrError: return False # a folder of something else
+    return there[0] if len(there) == 1 else next(filter(its, there), there[0])
 
 # %% ../nbs/50_compare.ipynb #cmp006
 def find_runs(paths:list[str|Path]                # run folders, and folders of run folders
@@ -187,6 +217,16 @@ def method(run:Run) -> dict:
 
 def differing(a:dict, b:dict) -> list[str]: # 'lr is 0.001 and 0.003'
     return [f'{k} is {a.get(k)!r} and {b.get(k)!r}' for k in {**a, **b} if a.get(k) != b.get(k)]
+
+# %% ../nbs/50_compare.ipynb #bbbc1a4c
+def comparable(runs:list[Run]) -> tuple[list[Run], list[str]]: # a line for each that is left out
+    "The runs on the data and the split that most of them have; of the students those that read the tracks that most of these read."
+    def most(runs, of, what):
+        usual = Counter(map(of, runs)).most_common(1)[0][0] if runs else None
+        return [r for r in runs if of(r) == usual], [f'{r.path}: {what} than most of these runs' for r in runs if of(r) != usual]
+    kept, said = most(runs, lambda r: (r.facts.get('data_fingerprint'), r.facts.get('split_hash')), 'it was made on other data or another split')
+    students, more = most([r for r in kept if r.cfg.mode == 'student'], lambda r: frozenset(p.key for p in r.preds), 'it read other held-out tracks')
+    return [r for r in kept if r.cfg.mode != 'student' or r in students], said + more
 
 # %% ../nbs/50_compare.ipynb #cmp026
 def _refuse(a, b, why): raise KdocrError(f'{a.path} and {b.path}: {why}')
@@ -412,13 +452,12 @@ def compare_runs(runs:list[Run], control:str='') -> tuple[str, dict, pd.DataFram
 def _teacher_file(r, otherwise):
     named = r.cfg.teacher_checkpoint or otherwise
     if named is None: raise KdocrError('it names no teacher, and the others share none')
-    found = next((p for p in (Path(named), r.path.parent/Path(named).name) if p.is_file()), None)
+    found = next((p for p in places(r, Path(named)) if p.is_file()), None)
     if found is None: raise KdocrError(f'its teacher is not at {named}')
     return found
 
 def _same_tracks(r, tracks, known): # LR and HR of the run's validation tracks; `known` keeps what was read
-    root = r.cfg.data or r.path.parent/'embedded'
-    if not root.exists(): raise KdocrError(f'its data are not at {root}')
+    root = data_of(r)
     cfg = r.cfg.model_copy(update=dict(data=root, out=r.path.parent, seed=0))
     key = repr([(k, v) for k, v in cfg if k in ViewSettings.model_fields and k not in RunSettings.model_fields])
     if key not in known:

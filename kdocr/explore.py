@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'LOOK', 'HIDE', 'CAMERA', 'LIGHT', 'LOOKS', 'SAMPLE', 'WHICH', 'PANELS', 'POINTS', 'LIMIT', 'png', 'figure',
-           'Explorer', 'open_index', 'tracks_frame', 'matching', 'frames_of', 'size_of', 'far_away', 'drawn_conditions',
-           'board', 'put', 'fine', 'track_figure', 'explore_tracks', 'Asked', 'Asking', 'Yardstick', 'yardstick',
-           'compared', 'Opened', 'the_data', 'part_of', 'Side', 'shared_taps', 'plate_strips', 'draw_steps',
-           'alignment_figure', 'sides', 'explore_alignment', 'Head', 'read_head', 'alike', 'only', 'runs_figure',
-           'thin', 'plain_log', 'run_paths', 'explore_runs', 'Tail', 'live_figure', 'Live', 'live', 'stand_in_run',
-           'moves', 'latencies', 'plot_latencies', 'watching']
+           'Shown', 'rows_of', 'Explorer', 'open_index', 'tracks_frame', 'matching', 'frames_of', 'size_of', 'far_away',
+           'drawn_conditions', 'board', 'put', 'fine', 'track_figure', 'explore_tracks', 'Asked', 'Asking', 'Yardstick',
+           'yardstick', 'compared', 'Opened', 'the_data', 'part_of', 'Side', 'shared_taps', 'run_of', 'plate_strips',
+           'draw_steps', 'alignment_figure', 'sides', 'explore_alignment', 'Head', 'read_head', 'alike', 'thin',
+           'runs_panels', 'runs_figure', 'run_paths', 'explore_runs', 'Tail', 'live_figure', 'Live', 'live',
+           'stand_in_run', 'moves', 'latencies', 'plot_latencies', 'watching']
 
 # %% ../nbs/58_explore.ipynb #x58002
-import base64, gc, html, json, tempfile, threading, time
+import base64, gc, html, json, tempfile, textwrap, threading, time
 from collections import Counter
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -20,7 +20,6 @@ from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
-import cv2
 import ipywidgets as W
 import numpy as np
 import pandas as pd
@@ -45,10 +44,10 @@ from .run import RunFolder, describe, save_checkpoint
 from .train import Trainer, pick_device
 from .train_kd import new_trainer
 from .distill import new_model
-from .compare import arm, find_runs, read_run
-from .figures import STYLE, TERMS, save_figure
+from .compare import Run, arm, find_runs, read_run, read_values
+from .figures import STYLE, TERMS, loss_terms, plain_log, save_figure
 from .bench import arms, clock, in_turns, multiply, record, where
-from .inside import (KINDS, LONG, WHATS, Arm, HeldOut, Strip, arms_of, column, differing, draw_strips, each, find_teacher, held_out, load_reader, loss_terms, picture,
+from .inside import (KINDS, LONG, WHATS, Arm, HeldOut, Strip, arms_of, column, differing, draw_strips, each, find_teacher, held_out, load_reader, picture,
                           plot_runs, plot_terms, read_curve, series, smoothed_how, smoothing, unique_labels)
 
 # %% ../nbs/58_explore.ipynb #x58006
@@ -71,20 +70,48 @@ def figure(width:float, height:float, # inches
     return fig
 
 HIDE = ('<style>.jp-OutputArea-child:has(.kdocr-live) + .jp-OutputArea-child {display: none} '
-        '.kdocr-said {font-size: 12px; line-height: 1.4; color: #555} .kdocr-error {font-size: 12px; color: #b2182b}</style>')
+        '.kdocr-said {font-size: 12px; line-height: 1.4; color: #555} .kdocr-error {font-size: 12px; color: #b2182b} .kdocr-old {opacity: .3}</style>')
 
 # %% ../nbs/58_explore.ipynb #x58007
-class Explorer:
+class Shown:
+    "A picture, the lines under it, and a plain copy of both that follows."
+    def __init__(self, said=()): # lines that stay; a list may grow
+        self.said, self.static = said, None
+        self.image, self.note = W.Image(format='png', layout=dict(max_width='100%')), W.HTML()
+
+    def show(self, picture:bytes|None, wrong:str=''): # None: what was there stays; why there is no other
+        "Put up a picture, or say why there is none."
+        if picture: self.image.value = picture
+        (self.image.add_class if wrong else self.image.remove_class)('kdocr-old') # pale: not what the controls ask for
+        lines = [('said', l) for l in self.said] + [('error', wrong)]*bool(wrong)
+        self.note.value = ''.join(f'<div class="kdocr-{k}">{html.escape(l)}</div>' for k, l in lines)
+        if self.static: self.static.update(self.plain(), raw=True)
+
+    def plain(self) -> dict: # as `display` takes it
+        "What needs no kernel."
+        return {'image/png': base64.b64encode(self.image.value).decode(), 'text/plain': 'the picture that its controls showed last'}
+
+    def display(self, box):
+        "The living one, and the plain one beneath it."
+        display({**box._repr_mimebundle_(), 'text/plain': 'Run this cell for its controls.'}, raw=True)
+        self.static = display(self.plain(), raw=True, display_id=True)
+
+def rows_of(groups:dict[str, dict[str, W.Widget]]) -> list[W.Box]: # heading -> name -> control
+    "A row a group, broken where it is too long."
+    head = lambda h: [W.HTML(f'<b>{h}</b>', layout=dict(width='60px'))] if h else []
+    return [W.Box([*head(h), *g.values()], layout=dict(flex_flow='row wrap', align_items='center')) for h, g in groups.items()]
+
+# %% ../nbs/58_explore.ipynb #85887f5f
+class Explorer(Shown):
     "Controls, and a picture of their values. Its last expression in a cell shows it."
-    def __init__(self, groups:dict[str, dict[str, W.Widget]], # heading -> name -> control
+    def __init__(self, groups:dict[str, dict[str, W.Widget]], # as `rows_of` has them
                  draw,              # (**values) -> Figure
                  adapt=None,        # (controls, name of the one that moved): sets what others may be
                  said=()):          # lines to stand under the controls
-        self.controls, self.draw, self.adapt, self.said = {k: w for g in groups.values() for k, w in g.items()}, draw, adapt, list(said)
-        self.image, self.note, self.quiet, self.static, self.took = W.Image(format='png', layout=dict(max_width='100%')), W.HTML(), False, None, 0.
+        super().__init__(said)
+        self.controls, self.draw, self.adapt, self.quiet, self.took = {k: w for g in groups.values() for k, w in g.items()}, draw, adapt, False, 0.
         for k, w in self.controls.items(): w.on_click(partial(self.moved, k)) if isinstance(w, W.Button) else w.observe(partial(self.moved, k), 'value')
-        rows = [W.Box([*([W.HTML(f'<b>{h}</b>', layout=dict(width='60px'))] if h else []), *g.values()], layout=dict(flex_flow='row wrap', align_items='center')) for h, g in groups.items()]
-        self.box = W.VBox([W.HTML(HIDE), *rows, self.note, self.image])
+        self.box = W.VBox([W.HTML(HIDE), *rows_of(groups), self.note, self.image])
         self.box.add_class('kdocr-live')
         self.moved(None, None)
         gc.collect(); gc.freeze() # Python's search for cycles would look through all tracks in the midst of a move, again and again
@@ -109,29 +136,20 @@ class Explorer:
         "A control was moved: others adapt to it in silence, then one picture is drawn."
         if self.quiet: return
         start = time.perf_counter()
-        with LOCK:
-            self.quiet = True
-            try:
-                if self.adapt: self.adapt(self.controls, name)
-            finally: self.quiet = False
-            self.redraw()
+        with LOCK: self.redraw(partial(self.adapt, self.controls, name) if self.adapt else None)
         self.took = time.perf_counter() - start
 
-    def redraw(self):
-        "The picture, or in its place a line that says why there is none."
+    def redraw(self, before=None): # what is done first, while the controls say nothing
+        "The picture, or a line that says why there is no new one."
         try:
-            with rc_context(LOOK): self.image.value, wrong = png(self.figure()), ''
-        except Exception as e:
-            wrong = str(e) if isinstance(e, KdocrError) else f'{type(e).__name__}: {e}'
-            if not isinstance(e, KdocrError): raise
-        finally: self.note.value = ''.join(f'<div class="kdocr-{k}">{html.escape(l)}</div>' for k, ls in (('said', self.said), ('error', filter(None, [wrong]))) for l in ls)
-        if self.static: self.static.update(self._plain(), raw=True)
+            self.quiet = True
+            if before: before()
+            with rc_context(LOOK): self.show(png(self.figure()))
+        except KdocrError as e: self.show(None, str(e))
+        except Exception as e: self.show(None, f'{type(e).__name__}: {e}'); raise
+        finally: self.quiet = False
 
-    def _plain(self): return {'image/png': base64.b64encode(self.image.value).decode(), 'text/plain': 'the picture that its controls showed last'}
-
-    def _ipython_display_(self):
-        display({**self.box._repr_mimebundle_(), 'text/plain': 'Run this cell for its controls.'}, raw=True)
-        self.static = display(self._plain(), raw=True, display_id=True)
+    def _ipython_display_(self): self.display(self.box)
 
 # %% ../nbs/58_explore.ipynb #x58011
 def open_index(data # a folder, an `Index`, or opened `Data`
@@ -226,6 +244,7 @@ def fine(x:np.ndarray) -> str:
     "The share of the energy above 0.2 cycles a pixel."
     return f'{sum(v for (lo, _), v in spectrum(x).items() if lo >= .2):.0%} of the energy above 0.2 cycles a pixel'
 
+# %% ../nbs/58_explore.ipynb #58f044a5
 def track_figure(row, v:dict, where:str) -> Figure: # row of `tracks_frame`; v: the sliders' values; where: 'plate 3 of 40'
     "All frames, then side by side: the first HR frame, what the sliders make of it, and the real LR frame."
     lr, hr, wrong = frames_of(row.track)
@@ -278,6 +297,7 @@ class Asked(NamedTuple):
     taps:dict[str, Tensor] # (b,t,d) each, 'logits' among them
     images:Tensor          # (b,f,3,H,W) that it saw
 
+# %% ../nbs/58_explore.ipynb #594ab441
 class Asking:
     "A network's answers about a data set, a chunk at a time; the latest chunks are kept."
     def __init__(self, model:nn.Module, # in eval mode
@@ -388,8 +408,12 @@ def shared_taps(s:Side, t:Side) -> tuple[list[str], str]: # in the order of `TER
     if s.about['charset'] != t.about['charset']: other, why = [*other, 'logits'], why + '; ' * bool(why) + f"logits not compared: its charset is {s.about['charset']!r}, the teacher's {t.about['charset']!r}"
     return [k for k in TERMS if k in a and k in b and k not in other], why
 
-def _run(path): # of a run folder; None for a checkpoint
-    return read_run(path) if Path(path).is_dir() else None
+def run_of(path:Path # a run folder, or a checkpoint
+          ) -> Run|None: # None where a checkpoint lies alone
+    "The run; a teacher's best checkpoint is published beside its run folder."
+    if path.is_dir(): return read_run(path)
+    beside = path.parent.parent, path.with_name(path.name.removesuffix('_best.pth'))
+    return next(iter(each([p for p in beside if (p/'config.yaml').is_file()], read_run)[0]), None)
 
 def _verdicts(run): # key -> whether it was read rightly in validation
     return {} if run is None else {p.key: p.right for p in run.parts.get('val', ())}
@@ -450,14 +474,15 @@ def alignment_figure(s:Side, t:Side, part:str, i:int, tap:str, channel:int, meas
 # %% ../nbs/58_explore.ipynb #x58033
 def sides(teacher, students:list, data) -> tuple[Side, list[Side], dict[str, dict], list[str]]: # teacher, students, label -> key -> right, lines on what was left out
     "The networks that can be compared. Raises `KdocrError` where there is no teacher, or no student that can be compared with it."
-    known, said = each(students, lambda p: (Path(p), _run(p)))
+    known, said = each(students, lambda p: (Path(p), read_run(p) if Path(p).is_dir() else None))
     if not known: raise KdocrError('; '.join(said) or 'no student was named')
-    runs = [r for _, r in known if r]
-    taught = find_teacher(teacher, runs)
-    if taught is None: raise KdocrError('no teacher was named, and none of the runs tells of one that is still there')
-    teacher_run = _run(taught)
-    opened, more = the_data(data, [r for r in (teacher_run, *runs) if r])
-    t = Side(RunFolder(taught).best if teacher_run else taught, 'teacher', opened, 'teacher')
+    runs, given = [r for _, r in known if r], run_of(Path(teacher)) if teacher else None
+    opened, more = the_data(data, [r for r in (given, *runs) if r])
+    held = opened.held
+    taught = Path(teacher) if teacher else find_teacher(None, [r for r in runs if (r.facts.get('data_fingerprint'), r.facts.get('split_hash')) == (held.fingerprint, held.split)])
+    if taught is None: raise KdocrError('; '.join(['no teacher was named, and none of the runs tells of one that is still there', *said, *more]))
+    teacher_run = given or run_of(taught)
+    t = Side(RunFolder(taught).best if taught.is_dir() else taught, 'teacher', opened, 'teacher')
     names = dict(zip([r.path for r in runs], unique_labels([r.cfg for r in runs], [r.path for r in runs])))
     def student(p): return Side(RunFolder(p).best if p.is_dir() else p, 'student', opened, names.get(p, p.stem))
     made = [(p, *each([p], student)) for p, _ in known]
@@ -498,7 +523,7 @@ def explore_alignment(teacher,   # a run folder or a checkpoint; None: the one t
         c['channel'].disabled = c['measure'].value != 'channel'
     def draw(student, part, which, plate, tap, channel, measure):
         if not state['rows']: raise KdocrError(f'no plate of this part: {which}')
-        return alignment_figure(by[student], t, part, state['rows'][plate - 1], tap, channel, measure, f"plate {plate:,} of {len(state['rows']):,}")
+        return alignment_figure(by[student], t, part, state['rows'][plate - 1], tap, channel, measure, f"plate {plate:,} of {len(state['rows']):,}" + (f', {which}' if which != 'all' else ''))
     first = {'student': _pick('student', list(by)), 'part': _pick('part', [('validation', 'val'), ('training', 'train')]), 'which': _pick('plates', list(WHICH)), 'plate': _slider('plate', 1, 1, 1, 1, live=False, width='420px')}
     second = {'tap': _pick('tap', [('', '')]), 'measure': _pick('measure', list(LOOKS)), 'channel': _slider('channel', 0, 0, 1, 0, live=False)}
     return Explorer({'': first, ' ': second}, draw, adapt, said)
@@ -515,7 +540,7 @@ def read_head(path) -> Head:
     folder = RunFolder(Path(path))
     if not folder.config.is_file(): raise KdocrError(f'{path}: not a run folder (it has no config.yaml)')
     if not folder.finished: raise KdocrError(f'{path}: this run is not finished; the command that began it goes on with it')
-    env = read_json(folder.env)
+    env = read_values(folder.env)
     return Head(folder.path, load_config(folder.config), (env.get('data_fingerprint'), env.get('split_hash')))
 
 def alike(heads:list[Head]) -> tuple[list[Head], list[str]]: # those that can be compared, a line for each other
@@ -527,44 +552,8 @@ def alike(heads:list[Head]) -> tuple[list[Head], list[str]]: # those that can be
             return kept, [f'{h.path}: {what}' for h in other] + said
     return heads, []
 
-def only(log:pd.DataFrame, keys) -> pd.DataFrame: # keys of terms
-    "The log without the other terms."
-    gone = [k for t in loss_terms(log) if t.key not in keys for base in [t.key if t.key == 'ctc' else f'kd_{t.key}'] for k in (base, *(f'{base}_{e}' for e in ('weighted', 'share', 'grad', 'grad_cosine')))]
-    return log.drop(columns=gone, errors='ignore')
-
 # %% ../nbs/58_explore.ipynb #x58040
-PANELS = 8 # of terms or runs, at most; the accuracy is the last
-
-def runs_figure(arms:list[Arm], keys:list[str], what:str, logy:bool, window:int, by:str # 'run' or 'term': what a panel is of
-               ) -> Figure:
-    "Terms of runs over the steps, and the accuracy of all of them."
-    terms = [t for t in loss_terms(*(l for a in arms for l in a.logs)) if t.key in keys]
-    names = [a.label for a in arms] if by == 'run' else [t.label for t in terms]
-    n, left_out = min(len(names), PANELS), names[PANELS:]
-    cols = 2 if n in (1, 3) else min(3, n + 1)
-    rows, beside = -(-(n + 1)//cols), 1 if len(arms) < 4 else 2 if by == 'run' else 3 # columns of the legend
-    lines = max(-(-len(arms)//beside), len(terms) if by == 'run' else 0)
-    fig = figure(9.5, .7 + 2.5*rows + .17*lines, .7, bottom=.45, top=.62 + .17*lines)
-    axs = fig.subplots(rows, cols, squeeze=False, gridspec_kw=dict(wspace=.25, hspace=.5)).ravel()
-    for ax in axs[n + 1:]: ax.set_axis_off()
-    for ax, i in zip(axs, range(n)):
-        if by == 'run': plot_terms(Arm(names[i], [only(l, keys) for l in arms[i].logs]), what, logy, window, False, ax)
-        else: plot_runs(arms, partial(_of_term, key=terms[i].key, what=what), WHATS[what], logy and what != 'cosine', window, False, ax)
-        ax.set_title(_short(names[i]), fontsize=8.5, color=terms[i].colour if by == 'term' else 'black')
-        thin(ax)
-        if ax.get_yscale() == 'log': plain_log(ax)
-        if i % cols: ax.set_ylabel('')
-        if not ax.lines: ax.text(.5, .5, f'{what}: not measured', transform=ax.transAxes, ha='center', fontsize=8, color='0.4')
-    plot_runs(arms, column('val_rr', 100), 'exact match, validation (%)', window=1, legend=False, ax=axs[n]).set_ylim(-3, 103)
-    axs[n].set_title('accuracy', fontsize=8.5)
-    top, points = 1 - .3/fig.get_figheight(), max((len(l[l.ctc.notna()]) for a in arms for l in a.logs if 'ctc' in l), default=0)
-    for x, of, ncols in ((.01, [axs[n]], beside), (.68, axs[:n] if by == 'run' else (), 1)):
-        handles = {l.get_label(): l for ax in of for l in ax.lines if not l.get_label().startswith('_')}
-        if handles: fig.legend(handles.values(), handles, loc='upper left', fontsize=8, bbox_to_anchor=(x, top), borderpad=0, ncols=ncols)
-    said = f'{WHATS[what]}: {len(arms)} arm{"s" * (len(arms) > 1)} side by side, {smoothed_how(smoothing(points, window), max(len(a.logs) for a in arms))}'
-    fig.text(.01, 1 - .07/fig.get_figheight(), said + (f' (not shown: {", ".join(left_out)})' if left_out else ''), va='top', fontsize=9.5)
-    return fig
-
+PANELS = 8    # of terms or runs, at most; the accuracy is the last
 POINTS = 1000 # of a line; more cannot be told apart and take most of the time
 
 def thin(ax) -> None:
@@ -573,16 +562,49 @@ def thin(ax) -> None:
         k = len(l.get_xdata())//POINTS
         if k > 1: l.set_data(l.get_xdata()[::k], l.get_ydata()[::k])
 
-def plain_log(ax) -> None:
-    "Numbers without powers on a logarithmic axis."
-    ax.yaxis.set_major_formatter('{x:g}')
-    lo, hi = ax.get_ylim()
-    ax.yaxis.set_minor_formatter((lambda v, _: f'{v:g}' if f'{v:e}'[0] in '25' else '') if hi < 50*lo else '')
-    ax.tick_params(axis='y', which='both', labelsize=8)
-
-def _of_term(log, key, what): return series(log, key, what)
+def runs_panels(n:int, lines:int # panels, and lines of the legend above them
+               ) -> tuple[Figure, np.ndarray]: # the figure; n axes and one more for the accuracy
+    "Two or three panels side by side."
+    cols = 2 if n in (1, 3) else min(3, n + 1)
+    rows = -(-(n + 1)//cols)
+    fig = figure(9.5, .7 + 2.5*rows + .17*lines, .7, bottom=.45, top=.62 + .17*lines)
+    axs = fig.subplots(rows, cols, squeeze=False, gridspec_kw=dict(wspace=.25, hspace=.5)).ravel()
+    for ax in axs[n + 1:]: ax.set_axis_off()
+    return fig, axs
 
 def _short(name): return name if len(name) <= LONG else name[:LONG - 1] + '…'
+
+def _head(fig, said, legends): # what is shown, and beneath it at some x a legend in so many columns: the names wanted, of the lines of some axes
+    fig.text(.01, 1 - .07/fig.get_figheight(), '\n'.join(said), va='top', fontsize=9.5)
+    top = 1 - (.3 + .17*(len(said) - 1))/fig.get_figheight()
+    for x, of, names, ncols in legends:
+        found = {l.get_label(): l for ax in of for l in ax.lines}
+        shown = [k for k in names if k in found]
+        if shown: fig.legend([found[k] for k in shown], shown, loc='upper left', fontsize=8, bbox_to_anchor=(x, top), borderpad=0, ncols=ncols)
+
+# %% ../nbs/58_explore.ipynb #81fbe98e
+def runs_figure(arms:list[Arm], keys:list[str], what:str, logy:bool, window:int, by:str # 'run' or 'term': what a panel is of
+               ) -> Figure:
+    "Terms of runs over the steps, and the accuracy of all of them."
+    terms = [t for t in loss_terms(*(l for a in arms for l in a.logs)) if t.key in keys]
+    names = [a.label for a in arms] if by == 'run' else [t.label for t in terms]
+    n, left_out = min(len(names), PANELS), names[PANELS:]
+    beside = 1 if len(arms) < 4 else 2 if by == 'run' else 3 # columns of the legend
+    points = max((len(l[l.ctc.notna()]) for a in arms for l in a.logs if 'ctc' in l), default=0)
+    said = f'{WHATS[what]}: {len(arms)} arm{"s" * (len(arms) > 1)} side by side, {smoothed_how(smoothing(points, window), max(len(a.logs) for a in arms))}'
+    said = textwrap.wrap(said + (f' (not shown: {", ".join(left_out)})' if left_out else ''), 120)
+    fig, axs = runs_panels(n, len(said) - 1 + max(-(-len(arms)//beside), len(terms) if by == 'run' else 0))
+    for i, ax in enumerate(axs[:n]):
+        if by == 'run': plot_terms(arms[i], what, logy, window, False, terms, ax)
+        else: plot_runs(arms, lambda log: series(log, terms[i].key, what), WHATS[what], logy and what != 'cosine', window, False, ax)
+        ax.set_title(_short(names[i]), fontsize=8.5, color=terms[i].colour if by == 'term' else 'black')
+        thin(ax)
+        if ax.get_yscale() == 'log': plain_log(ax)
+        if ax.get_subplotspec().colspan.start: ax.set_ylabel('')
+    plot_runs(arms, column('val_rr', 100), 'exact match, validation (%)', window=1, legend=False, ax=axs[n]).set_ylim(-3, 103)
+    axs[n].set_title('accuracy', fontsize=8.5)
+    _head(fig, said, ((.01, [axs[n]], [a.label for a in arms], beside), (.68, axs[:n], [t.label for t in terms] if by == 'run' else (), 1)))
+    return fig
 
 # %% ../nbs/58_explore.ipynb #x58041
 def run_paths(results) -> list: # run folders, or what is no such thing, for somebody else to say so
@@ -590,6 +612,7 @@ def run_paths(results) -> list: # run folders, or what is no such thing, for som
     many = [results] if isinstance(results, (str, Path)) else list(results)
     return [p for r in many for p in ([q for part in find_runs([r]) for q in part] if any(Path(r).glob('*/config.yaml')) else [r])]
 
+# %% ../nbs/58_explore.ipynb #4754ebb9
 def explore_runs(results # a folder of run folders, or a list of run folders
                 ) -> Explorer:
     "Choose runs and terms; seeds of one arm become a band. Raises `KdocrError` where there is no finished run."
@@ -597,9 +620,14 @@ def explore_runs(results # a folder of run folders, or a list of run folders
     heads, more = alike(heads)
     if not heads: raise KdocrError('; '.join(said) or f'{results}: no finished run in it')
     names = unique_labels([h.cfg for h in heads], [h.path for h in heads])
-    at, curve = dict(zip(names, heads)), lru_cache(None)(lambda p: read_curve(p))
+    at, said = dict(zip(names, heads)), said + more
+    @lru_cache(None)
+    def curve(name): # None, and a line under the controls, where the log cannot be read
+        got, wrong = each([at[name].path], read_curve)
+        said.extend(wrong)
+        return got[0] if got else None
     start = [*{arm(at[n].cfg): n for n in reversed(names) if at[n].cfg.mode == 'student'}.values()][:-3:-1] or names[:1] # a run of each of the first two arms
-    def chosen_arms(chosen): return arms_of([curve(at[n].path) for n in names if n in chosen])
+    def chosen_arms(chosen): return arms_of([c for n in names if n in chosen for c in [curve(n)] if c])
     off = set() # terms that were switched off stay off when they come back with another run
     def adapt(c, name):
         now = [k for _, k in c['terms'].options]
@@ -608,13 +636,14 @@ def explore_runs(results # a folder of run folders, or a list of run folders
             c['terms'].options = [(t.label, t.key) for t in loss_terms(*(l for a in chosen_arms(c['runs'].value) for l in a.logs))]
             c['terms'].value = [k for _, k in c['terms'].options if k not in off]
     def draw(runs, terms, what, scale, smoothing, panels):
+        if runs and not any(map(curve, runs)): raise KdocrError('none of the runs that are chosen has a log to draw')
         if not runs or not terms: raise KdocrError('choose a run and a term (several with Ctrl or Shift)')
         return runs_figure(chosen_arms(runs), list(terms), what, scale == 'log', smoothing, panels)
-    many = dict(layout=dict(width='440px', height=f'{min(8, len(names) + 1)*19 + 12}px'), style=dict(description_width='40px'))
-    lists = {'runs': W.SelectMultiple(options=names, value=start, description='runs', **many), 'terms': W.SelectMultiple(options=[], description='terms', layout=dict(width='230px', height='100px'), style=dict(description_width='40px'))}
+    def many(name, width, **kw): return W.SelectMultiple(description=name, layout=dict(width=width, height=f'{max(6, min(8, len(names) + 1))*19 + 12}px'), style=dict(description_width='40px'), **kw)
+    lists = {'runs': many('runs', '440px', options=names, value=start), 'terms': many('terms', '230px', options=[])}
     rest = {'what': _pick('show', [(v, k) for k, v in WHATS.items()]), 'scale': W.ToggleButtons(options=['log', 'linear'], style=dict(button_width='60px')), 'smoothing': _slider('smooth', 0, 101, 1, 0, 'points of the running median; 0: a fiftieth of the points', live=False),
             'panels': _pick('a panel for each', ['run', 'term'])}
-    return Explorer({'': lists, ' ': rest}, draw, adapt, said + more)
+    return Explorer({'': lists, ' ': rest}, draw, adapt, said)
 
 # %% ../nbs/58_explore.ipynb #x58044
 class Tail:
@@ -638,7 +667,7 @@ def live_figure(log:pd.DataFrame, readings:list, pictures, name:str, total:int, 
     fig = figure(9.5, 3.1)
     terms, accuracy, sample = fig.add_axes((.075, .15, .34, .63)), fig.add_axes((.475, .15, .17, .63)), board(fig)
     if 'ctc' in log:
-        plot_terms(Arm(name, [log]), 'raw', logy, window, False, terms)
+        plot_terms(Arm(name, [log]), 'raw', logy, window, False, ax=terms)
         plot_runs([Arm(name, [log])], column('val_rr', 100), 'exact match, validation (%)', window=1, legend=False, ax=accuracy)
         fig.legend(*terms.get_legend_handles_labels(), loc='upper left', bbox_to_anchor=(.07, .9), ncols=4, fontsize=7.5, borderpad=0)
     terms.set_xlim(0, total); accuracy.set(xlim=(0, total), ylim=(-3, 103), xlabel='training step')
@@ -696,6 +725,7 @@ class Live:
             if self.spent + self.last <= self.share*(time.perf_counter() - start): self.update()
         self.update()
 
+# %% ../nbs/58_explore.ipynb #416017a5
 def live(trainer:Trainer, tracks:int=8, share:float=.01) -> None: # as `Live` has them
     "`trainer.fit()` under curves and readings that follow it; the first of several ranks shows them."
     view = Live(trainer, tracks, share) if trainer.ranks.leads else None

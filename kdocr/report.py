@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['CSS', 'ANALYSES', 'table_html', 'arms_html', 'comparisons_html', 'notebook_html', 'contents', 'page', 'figure_html',
-           'summary_html', 'made_of', 'report']
+           'summary_html', 'made_of', 'readable', 'report']
 
 # %% ../nbs/53_report.ipynb #0002
-import base64, html, io, re
+import base64, html, io, re, sys
 from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
-from .core import atomic_write, read_json
-from .compare import Run, arms_table, comparisons, pct, read_run, verdict
-from .figures import plot_arms, save_figure, use_style
+from .core import KdocrError, atomic_write, read_json
+from .compare import Run, arms_table, comparable, comparisons, find_runs, pct, read_run, verdict
+from .figures import plot_arms, plot_forest, save_figure, use_style
 from .notebooks import finish, start_notebook
 from .run import RunFolder
 
@@ -72,7 +72,7 @@ h3 { font-size: 1.1rem; margin: 2rem 0 .4rem } p, li { max-width: 46rem } a { co
 .verdict p { margin: .35rem 0 } .verdict p:first-child { font-size: 1.12rem; font-weight: 600 }
 .note { border-left: 4px solid #e69f00; background: #fdf7ea; padding: .5rem 1.2rem; margin: 0 0 1.6rem } .note p { margin: .3rem 0 }
 blockquote { margin: .2rem 0 1rem; color: var(--soft) } blockquote p { margin: 0 }
-.scroll { overflow-x: auto } table, th, td { border: 0 } table { border-collapse: collapse; margin: 1rem 0; font-size: .94rem; font-variant-numeric: tabular-nums }
+.scroll, .output_html { overflow-x: auto } table, th, td { border: 0 } table { border-collapse: collapse; margin: 1rem 0; font-size: .94rem; font-variant-numeric: tabular-nums }
 th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line) } th, td { padding: .35rem 1.1rem .35rem 0; vertical-align: top }
 td, tbody th { border-bottom: 1px solid var(--line) } td { white-space: nowrap } .dataframe td { text-align: right } .n { text-align: right; white-space: nowrap } tr.best td { font-weight: 700 }
 img { max-width: 100%; height: auto; display: block; margin: .8rem 0 } pre { font-size: .84rem; white-space: pre-wrap; background: #f7f8f9; padding: .6rem .9rem; overflow-x: auto }
@@ -99,14 +99,18 @@ def figure_html(fig, alt:str) -> str:
     return f'<img alt="{html.escape(alt)}" style="width:{fig.get_figwidth() * 96:.0f}px" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
 # %% ../nbs/53_report.ipynb #000c
+def _text(s): return re.sub(r'(?<=\d) (?=%|points)', '&nbsp;', html.escape(s)) # a number stays beside its unit
+
 def summary_html(runs:list[Run], figures:Path) -> list[str]:
     "Verdict, tables, and the figure of the arms."
     said, table = verdict(runs), arms_table(runs)
-    parts = ['<div class=verdict>' + ''.join(f'<p>{html.escape(s)}</p>' for s in said) + '</div>', f'<div class=scroll>{arms_html(table)}</div>']
+    parts = ['<div class=verdict>' + ''.join(f'<p>{_text(s)}</p>' for s in said) + '</div>', f'<div class=scroll>{arms_html(table)}</div>']
     def add(fig, name, alt): save_figure(fig, figures, name); parts.append(figure_html(fig, alt))
     fig, ax = plt.subplots(figsize=(8, .6 + .36 * len(table)))
     add(plot_arms(table, ax).figure, 'arms', 'Exact match of each arm with its 95 % interval')
-    if len(gains := comparisons(runs)): parts += ['<h2 id="gains">Distilled against its control</h2>', '<p>Same start, same steps, same data, same seed; only the distillation differs. Track by track.</p>', f'<div class=scroll>{comparisons_html(gains)}</div>']
+    if len(gains := comparisons(runs)):
+        parts += ['<h2 id="gains">Distilled against its control</h2>', '<p>Same start, same steps, same data, same seed; only the distillation differs. Track by track.</p>', f'<div class=scroll>{comparisons_html(gains)}</div>']
+        add(plot_forest(gains).figure, 'gains', 'Gain of each distilled arm on its control with its 95 % intervals')
     return parts
 
 # %% ../nbs/53_report.ipynb #000f
@@ -115,15 +119,34 @@ ANALYSES = ('errors', 'feature_alignment', 'loss_curves')
 def made_of(runs:list[Run]) -> str:
     "The small print: which folders, versions, machine and data."
     rows = [dict(read_json(RunFolder(r.path).env), run=r.path.name) for r in runs]
-    keys = [k for k in ('run', 'data_fingerprint', 'split_hash', 'teacher_hash', 'kdocr', 'torch', 'python', 'device_name', 'git') if any(k in r for r in rows)]
-    return f'<footer><h3>What this was made of</h3><div class=scroll>{table_html(pd.DataFrame([{k: r.get(k) for k in keys} for r in rows]))}</div></footer>'
+    keys = [k for k in ('data_fingerprint', 'split_hash', 'teacher_hash', 'kdocr', 'torch', 'python', 'device_name', 'git') if any(k in r for r in rows)]
+    same = [k for k in keys if len({r.get(k) for r in rows}) == 1]
+    shared = f"<p>All {len(rows)} runs: {html.escape(', '.join(f'{k} {rows[0][k]}' for k in same))}.</p>" if same else ''
+    return f'<footer><h3>What this was made of</h3>{shared}<div class=scroll>{table_html(pd.DataFrame([{k: r.get(k) for k in ("run", *keys) if k not in same} for r in rows]))}</div></footer>'
 
-def report(runs:list[str|Path],         # run folders, finished
+# %% ../nbs/53_report.ipynb #a6d7941a
+def readable(paths:list[str|Path]         # run folders, and folders of run folders
+            ) -> tuple[list[Run], list[str]]: # a line for each that is left out
+    "The runs of a report. Raises `KdocrError` where none is left."
+    runs, said = [], []
+    for p in paths:
+        try: found = [f for part in find_runs([Path(p).absolute()]) for f in part]
+        except KdocrError as e: said.append(str(e)); continue
+        for f in dict.fromkeys(found):
+            try: runs += [read_run(f)] if f not in [r.path for r in runs] else []
+            except (KdocrError, ValueError, KeyError, OSError) as e: said.append(str(e) if str(f) in str(e) else f'{f}: {type(e).__name__}: {e}')
+    runs, others = comparable(runs)
+    if not runs: raise KdocrError('; '.join(said) or 'no run was named')
+    return runs, said + others
+
+# %% ../nbs/53_report.ipynb #be6a90b2
+def report(runs:list[str|Path],         # run folders, and folders of run folders
            out:str|Path='report.html',
            note:str=''                  # a warning to stand above all
           ) -> Path:                    # the report
-    "Write one HTML file on these runs. Raises `KdocrError` naming a folder that is no finished run."
-    out, runs = Path(out).absolute(), [read_run(Path(r).absolute()) for r in runs]
+    "Write one HTML file on the finished runs among these; the others are named in it. Raises `KdocrError` where there is none."
+    out, (runs, left) = Path(out).absolute(), readable(runs)
+    for line in left: print(f'left out: {line}', file=sys.stderr)
     folder, backend = out.with_suffix(''), matplotlib.get_backend()
     plt.switch_backend('agg')
     with matplotlib.rc_context():
@@ -132,6 +155,7 @@ def report(runs:list[str|Path],         # run folders, finished
     plt.switch_backend(backend)
     params = {'runs': [r.path for r in runs], 'out': folder}
     parts += [notebook_html(done) for done in finish([start_notebook(name, folder, params) for name in ANALYSES], 'report')]
-    note = f'<div class=note><p>{html.escape(note)}</p></div>' if note else ''
-    with atomic_write(out) as tmp: tmp.write_text(page('Does a low-resolution reader learn from its high-resolution teacher?', note, *parts, made_of(runs)), encoding='utf-8')
+    def noted(lines): return [f"<div class=note>{''.join(f'<p>{html.escape(l)}</p>' for l in lines)}</div>"] if lines else []
+    parts[1:1] = noted([f'Left out: {l}' for l in left]) # under the verdict
+    with atomic_write(out) as tmp: tmp.write_text(page('Does a low-resolution reader learn from its high-resolution teacher?', *noted([note] if note else []), *parts, made_of(runs)), encoding='utf-8')
     return out

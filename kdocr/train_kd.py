@@ -63,7 +63,7 @@ def train_kd(cfg:Config,
         data, labels = (data, {}) if done else with_labels(cfg, data, teacher)
         trainer = None if done else new_trainer(cfg, run, data, teacher, ranks)
         with first(ranks):
-            if ranks.leads: run.claim(cfg, ids, environment(pick_device(cfg.device, ranks), cfg.threads))
+            if ranks.leads: run.claim(cfg, ids, dict(environment(pick_device(cfg.device, ranks), cfg.threads), data=str(data.root.absolute())))
             if ranks.leads and labels: write_json(run.path/'labels.json', labels)
         if trainer: fit(trainer)
         elif ranks.leads and cfg.mode == 'teacher' and not run.published.exists(): run.publish()

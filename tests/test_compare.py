@@ -5,11 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binom, t as student_t
-from kdocr.core import KdocrError
+from kdocr.core import KdocrError, read_json, write_json
 from kdocr.config import Config
 from kdocr.metrics import Prediction
 from kdocr.run import RunFolder
-from kdocr.compare import (DISTILLATION, METHOD, ONE_SEED, Interval, Run, alignment_table, arms_table, bootstrap_difference, compare_runs, comparison, comparisons, control_of,
+from kdocr.compare import (DISTILLATION, METHOD, ONE_SEED, Interval, Run, alignment_table, arms_table, bootstrap_difference, compare_runs, comparison, comparisons, control_of, data_of,
                            find_runs, finished_runs, group_arms, guided, judge, labels, mcnemar, paired, read_log, read_run, runs_to_read, t_interval, term_shares, verdict)
 
 
@@ -256,14 +256,41 @@ def test_a_control_without_a_teacher_needs_one_to_be_measured(trained):
     assert len(frame) == 0 and 'names no teacher' in left[str(ctc.path)]
     assert len(alignment_table([ctc], teacher=trained/'teacher_best.pth')[0]) == 3
 
-def test_who_is_left_out_of_the_scatter_is_named(trained):
+def test_who_is_left_out_of_the_scatter_is_named(trained, tmp_path):
     mse, other = read_run(trained/'mse'), read_run(trained/'other')
     gone = other._replace(cfg=other.cfg.model_copy(update=dict(teacher_checkpoint=Path('/nowhere/t.pth'))))
-    moved = other._replace(cfg=other.cfg.model_copy(update=dict(data=Path('/nowhere'))))
+    moved = other._replace(path=tmp_path/'other', cfg=other.cfg.model_copy(update=dict(data=Path('/nowhere'))))
     changed = other._replace(facts=dict(other.facts, teacher_hash='abcd'))
-    for run, why in ((gone, 'its teacher is not at /nowhere/t.pth'), (moved, 'its data are not at /nowhere'), (changed, 'is another teacher now')):
+    for run, why in ((gone, 'its teacher is not at /nowhere/t.pth'), (moved, 'its data are gone, there is no folder /nowhere'), (changed, 'is another teacher now')):
         frame, missing = alignment_table([mse, run], tracks=6)
-        assert list(dict.fromkeys(frame.run)) == ['mse'] and why in missing[str(other.path)]
+        assert list(dict.fromkeys(frame.run)) == ['mse'] and why in missing[str(run.path)]
+
+def test_data_are_found_from_any_folder(trained, tmp_path, monkeypatch):
+    "A relative path begins where the run was started, and that is told by the run folder; else env.json has it."
+    import shutil
+    from training import drawn
+    project = tmp_path/'project'
+    shutil.copytree(trained/'mse', project/'results/mse')
+    shutil.copytree(drawn(), project/'plates')
+    cfg = dict(out=Path('results'), data=Path('plates'), teacher_checkpoint=Path('results/teacher_best.pth'))
+    shutil.copy(trained/'teacher_best.pth', project/'results')
+    run = read_run(project/'results/mse')
+    run = run._replace(cfg=run.cfg.model_copy(update=cfg))
+    (tmp_path/'plates').mkdir()                                        # another folder of that name, where the analysis is run
+    monkeypatch.chdir(tmp_path)
+    env = read_json(project/'results/mse/env.json')
+    assert env['data'] == str(Path(drawn()).absolute()) == str(data_of(run))
+    write_json(project/'results/mse/env.json', {k: v for k, v in env.items() if k != 'data'})
+    assert data_of(run) == project/'plates' and len(alignment_table([run], tracks=6)[0]) == 3
+    relative = run._replace(path=Path('project/results/mse'))
+    assert data_of(relative) == project/'plates'
+    shutil.move(project/'plates', project/'results/plates')            # with its runs
+    assert data_of(run) == project/'results/plates'
+    write_json(project/'results/mse/env.json', dict(env, data='/nowhere'))
+    shutil.rmtree(project/'results/plates')
+    assert data_of(run) == tmp_path/'plates'                           # what it has not is for the fingerprint to find out
+    (tmp_path/'plates').rmdir()
+    with pytest.raises(KdocrError, match='there is no folder /nowhere nor .*project/plates nor .*'): data_of(run)
 
 @pytest.mark.slow
 def test_recipes_runs_and_says_how_to_make_runs(trained, tmp_path):

@@ -30,7 +30,7 @@ from kdocr.notebooks import run_notebook
 from kdocr.run import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.train_kd import new_trainer, train_kd
 from kdocr.explore import (CAMERA, LIGHT, LIMIT, LOOKS, Asking, Explorer, Live, Side, Tail, alike, alignment_figure, compared, drawn_conditions, explore_alignment, explore_runs, explore_tracks, far_away,
-                           figure, frames_of, latencies, live, live_figure, matching, only, open_index, plot_latencies, read_head, run_paths, runs_figure, shared_taps, the_data, tracks_frame, watching, yardstick)
+                           figure, frames_of, latencies, live, live_figure, matching, open_index, plot_latencies, read_head, run_paths, runs_figure, shared_taps, the_data, tracks_frame, watching, yardstick)
 from training import drawn, small
 
 def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -110,9 +110,9 @@ def test_an_error_is_said_and_the_picture_stays():
     before = ex.image.value
     assert 'x &lt; y' in said(ex) and 'kdocr-error' not in said(ex)
     ex['n'].value = 13
-    assert 'kdocr-error' in said(ex) and '13: no such &lt;b&gt;luck' in said(ex) and ex.image.value == before
+    assert 'kdocr-error' in said(ex) and '13: no such &lt;b&gt;luck' in said(ex) and ex.image.value == before and 'kdocr-old' in ex.image._dom_classes
     ex['n'].value = 4
-    assert 'kdocr-error' not in said(ex) and 'x &lt; y' in said(ex) and ex.image.value != before
+    assert 'kdocr-error' not in said(ex) and 'x &lt; y' in said(ex) and ex.image.value != before and 'kdocr-old' not in ex.image._dom_classes
     with pytest.raises(KdocrError, match="control 'powr': did you mean 'power'"): ex['powr']
 
 def test_a_fault_of_the_program_is_shown_too():
@@ -294,7 +294,27 @@ def test_students_that_do_not_fit_are_named_and_the_rest_goes_on(results):
     assert ex['which'].disabled and ex['which'].value == 'all'
     with pytest.raises(KdocrError, match='unfinished: this run is not finished'): explore_alignment(results/'teacher', results/'unfinished', drawn())
     with pytest.raises(KdocrError, match='no teacher was named'): explore_alignment(None, results/'charset')
-    with pytest.raises(KdocrError, match='name the folder'): explore_alignment(results/'teacher_best.pth', results/'teacher_best.pth')
+
+def test_a_published_teacher_tells_its_run_and_a_bare_checkpoint_nothing(results, tmp_path):
+    ex = explore_alignment(results/'teacher_best.pth', results/'control')                    # data and readings are known by the run folder beside it
+    assert not ex['which'].disabled and not explore_alignment(None, results/'control')['which'].disabled
+    before = ex.image.value
+    ex['which'].value = 'both wrong'                                                         # all of them, after four steps: the picture says so
+    assert ex.image.value != before and 'both wrong' in words(ex.figure())
+    shutil.copy(results/'teacher_best.pth', tmp_path/'bare.pth')
+    with pytest.raises(KdocrError, match='name the folder'): explore_alignment(tmp_path/'bare.pth', tmp_path/'bare.pth')
+    assert explore_alignment(tmp_path/'bare.pth', tmp_path/'bare.pth', drawn())['which'].disabled
+
+def test_a_teacher_of_other_data_is_not_taken_for_the_rest(results, tmp_path):
+    "The first run comes from another experiment, whose data are gone and whose teacher is still there."
+    shutil.copytree(results/'moved', tmp_path/'moved')
+    write_json(tmp_path/'moved/env.json', dict(read_json(tmp_path/'moved/env.json'), data='/gone'))
+    cfg = load_config(tmp_path/'moved/config.yaml', data='/gone/plates', teacher_checkpoint=str(tmp_path/'other_best.pth'))
+    save_config(cfg, tmp_path/'moved/config.yaml')
+    save_checkpoint(tmp_path/'other_best.pth', dict(load_checkpoint(results/'teacher_best.pth'), split_hash='0'*16))
+    ex = explore_alignment(None, [tmp_path/'moved', results/'control'])
+    assert list(ex['student'].options) == ['random init, control'] and any('moved' in l for l in ex.said)
+    with pytest.raises(KdocrError, match='/gone'): explore_alignment(None, [tmp_path/'moved'])
 
 def test_data_where_the_runs_have_them(results):
     opened, lines_ = the_data(None, [explore.read_run(results/n) for n in ('control', 'moved')])
@@ -325,6 +345,27 @@ def test_runs_that_do_not_fit_are_named_and_the_rest_goes_on(results):
     with pytest.raises(KdocrError, match='unfinished: this run is not finished'): explore_runs([results/'unfinished'])
     with pytest.raises(KdocrError, match='not a run folder'): explore_runs(results/'nowhere')
 
+def test_a_log_that_cannot_be_read_is_said_when_its_run_is_chosen(results, tmp_path):
+    for n in ('control', 'distilled', 'other'): shutil.copytree(results/('distilled' if n == 'other' else n), tmp_path/n)
+    with open(tmp_path/'control/metrics.jsonl', 'a') as f: f.write('{no json\n')
+    write_json(tmp_path/'other/env.json', ['no', 'names'])
+    ex = explore_runs(tmp_path)                                                              # it is among the two that are chosen at first
+    assert ['no names and values' in ex.said[0], 'control/metrics.jsonl: a damaged line' in ex.said[1]] == [True]*2 and len(ex.said) == 2
+    assert 'kdocr-error' not in said(ex) and ex.image.value
+    ex['runs'].value = ('random init, control',)
+    assert 'none of the runs that are chosen has a log' in said(ex)
+    ex['runs'].value = tuple(ex['runs'].options)
+    assert 'kdocr-error' not in said(ex) and len(ex.said) == 2                               # said once
+
+def test_what_fails_while_controls_adapt_is_shown():
+    def adapt(c, name):
+        if name == 'n' and c['n'].value == 2: raise KdocrError('two: it cannot be')
+    ex = explore.Explorer({'': {'n': explore.W.IntSlider(1, 0, 5)}}, lambda n: figure(2, 1), adapt)
+    ex['n'].value = 2
+    assert 'two: it cannot be' in said(ex)
+    ex['n'].value = 3
+    assert 'two' not in said(ex)
+
 def test_every_control_of_the_runs_changes_the_picture(results):
     ex = explore_runs([results/'control', results/'distilled', results/'teacher'])
     seen = {ex.image.value}
@@ -350,7 +391,7 @@ def test_the_curves_are_the_logs(results):
     assert np.allclose(lines(acc)[0].get_ydata(), 100*logs['control'].val_rr.dropna())
     fig = runs_figure(arms, keys, 'weighted', False, 3, 'term')
     assert [ax.get_title(loc='left') for ax in fig.axes] == ['CTC', 'backbone', 'accuracy'] and [len(lines(ax)) for ax in fig.axes] == [2, 1, 2] and 'running median of 3 points' in words(fig)
-    assert 'grad: not measured' in [t.get_text() for t in runs_figure(arms, keys, 'grad', True, 0, 'run').axes[0].texts]
+    for what, by in (('grad', 'run'), ('cosine', 'run'), ('cosine', 'term')): assert 'not measured' in [t.get_text() for t in runs_figure(arms, keys, what, True, 0, by).axes[0].texts]
 
 def test_long_lines_are_thinned_after_smoothing():
     n = 5000
@@ -371,9 +412,14 @@ def test_the_most_frequent_charset_and_data_count(results):
     assert kept == [h, h] and ['charset' in lines_[0], 'other data' in lines_[1]] == [True]*2 and alike([]) == ([], [])
     assert run_paths(results/'control') == [results/'control'] and results/'unfinished' in run_paths([results]) and run_paths(['x']) == ['x']
 
-def test_terms_are_left_out_with_all_their_columns():
-    f = pd.DataFrame(dict(step=[1], loss=[3.], ctc=[1.], ctc_grad=[1.], kd_logits=[1.], kd_logits_weighted=[1.], kd_logits_kl=[1.], kd_logits_kl_weighted=[1.], kd_logits_kl_share=[.3]))
-    assert set(only(f, {'logits_kl'})) == {'step', 'loss', 'kd_logits_kl', 'kd_logits_kl_weighted', 'kd_logits_kl_share'} and set(only(f, {'ctc', 'logits', 'logits_kl'})) == set(f)
+def test_a_term_has_one_line_in_every_panel():
+    def log(*keys): return pd.DataFrame({'step': [1, 2], 'loss': 3., 'ctc': 1., 'val_rr': np.nan, **{f'kd_{k}{e}': 1. for k in keys for e in ('', '_weighted')}})
+    arms = [Arm('a', [log('logits_kl')]), Arm('b', [log('logits', 'logits_kl')]), Arm('c', [log('backbone_out_cosine')])]
+    drawn = {}
+    for ax in runs_figure(arms, ['logits', 'logits_kl', 'backbone_out_cosine'], 'raw', True, 1, 'run').axes[:3]:
+        for l in lines(ax): drawn.setdefault(l.get_label(), set()).add((l.get_color(), l.get_linestyle()))
+    assert set(drawn) == {'logits', 'logits, kl', 'backbone, cosine'} and all(len(v) == 1 for v in drawn.values()) # ctc was not chosen
+    assert len({next(iter(v)) for v in drawn.values()}) == 3 and drawn['logits'] == {(TERMS['logits'][1], '-')}
 
 
 # ---- a run that is watched

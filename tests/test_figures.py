@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from kdocr.metrics import Prediction, wilson
-from kdocr.figures import (TERMS, arm_styles, cut, plot_arms, plot_forest, plot_losses, plot_over_steps, plot_readings, plot_spikes, plot_taps, save_figure, term_columns)
+from kdocr.figures import (PAGE, TERMS, arm_styles, cut, grid, legend_above, loss_terms, percent_range, plain_log, plot_arms, plot_forest, plot_losses, plot_over_steps, plot_readings, plot_spikes, plot_taps,
+                           save_figure, wrapped)
 
 ARMS = ['random init, control', 'random init, distilled', "teacher's weights, control"]
 
@@ -32,8 +33,50 @@ def test_losses_draw_every_term_in_its_colour(log, weighted):
     assert ax.lines[3].get_ydata()[0] == (1. if weighted else 2.)
 
 def test_a_control_has_one_term(log):
-    assert term_columns(log[['step', 'ctc']]) == {'ctc': 'ctc'}
+    assert [t.key for t in loss_terms(log[['step', 'ctc']])] == ['ctc']
     assert len(plot_losses(log[['step', 'ctc']]).lines) == 2
+
+def test_terms_other_than_the_squared_error_are_drawn_too(log):
+    other = log.rename(columns={'kd_logits': 'kd_logits_kl', 'kd_logits_weighted': 'kd_logits_kl_weighted'})
+    ax = plot_losses(other)
+    drawn = {l.get_label(): (l.get_color(), l.get_linestyle()) for l in ax.lines if not l.get_label().startswith('_')}
+    assert list(drawn) == ['CTC', 'backbone', 'transformer', 'logits, kl'] and drawn['logits, kl'] == (TERMS['logits'][1], '--')
+    assert loss_terms(log, other)[-1].line == '--' and [t.label for t in loss_terms(log, other)][-2:] == ['logits', 'logits, kl']
+
+def test_panels_fill_rows_within_a_page():
+    for n, most, rows in ((1, 4, [0]), (4, 4, [0] * 4), (5, 4, [0, 0, 0, 1, 1]), (9, 4, [0, 0, 0, 1, 1, 1, 2, 2, 2])):
+        fig, axs = grid(n, most, 3, 2)
+        assert [ax.get_subplotspec().rowspan.start for ax in axs] == rows and fig.get_figwidth() <= PAGE and fig.get_figheight() == 2 * (rows[-1] + 1)
+        assert all(ax.axison == (ax in axs) for ax in fig.axes)
+
+def test_an_axis_of_percent_begins_where_the_points_do():
+    ax = plt.subplots()[1]
+    percent_range(ax, .55, .80); assert ax.get_ylim() == pytest.approx((53, 82))
+    percent_range(ax, 0, 1); assert ax.get_ylim() == (-2, 102)
+    percent_range(ax, .5, .5); assert ax.get_ylim() == (48, 52)
+
+def test_a_logarithmic_axis_has_plain_numbers():
+    fig, ax = plt.subplots()
+    ax.set(yscale='log', ylim=(.02, 30))
+    plain_log(ax)
+    fig.draw_without_rendering()
+    said = [t.get_text() for t in ax.get_yticklabels(which='both')]
+    assert {'0.1', '1', '10'} <= set(said) and not any('$' in t for t in said)
+    for lo, hi, least in ((2., 9., {'2', '5'}), (15, 29, {'20'}), (.51, .6, {'0.55'})): # never fewer than two numbers on it
+        ax.set_ylim(lo, hi)
+        plain_log(ax)
+        fig.draw_without_rendering()
+        inside = [t.get_text() for t in ax.get_yticklabels(which='both') if t.get_text() and lo <= t.get_position()[1] <= hi]
+        assert least <= set(inside) and len(inside) > 1 and not any('$' in t for t in inside), inside
+
+def test_one_legend_over_all_panels():
+    fig, axs = grid(2, 2, 3, 2)
+    axs[0].plot([1, 2], label='a'); axs[1].plot([1, 2], label='a'); axs[1].plot([2, 1], label='b')
+    legend_above(fig, axs, ['b', 'c', 'a'])
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ['b', 'a']
+
+def test_names_break_after_underscores():
+    assert wrapped('random_control, 3 seeds', 12) == 'random_\ncontrol, 3\nseeds' and wrapped('a b', 9) == 'a b'
 
 def test_validation_rows_only(log):
     ax = plot_over_steps({ARMS[0]: log, ARMS[1]: log}, 'val_rr', 'exact match (%)', 100)
@@ -92,6 +135,10 @@ def test_taps_bars():
     ax = plot_taps(frame, 'cka', 'CKA')
     assert len(ax.patches) == 9 and [p.get_hatch() for p in ax.patches[:3]] == ['////', None, '////']
     assert matplotlib.colors.to_hex(ax.patches[0].get_facecolor()).upper() == TERMS['backbone_out'][1]
+    ax = plot_taps(pd.concat([frame, frame.assign(cka=frame.cka + .2)]), 'cka', 'CKA', ax=plt.subplots()[1])          # two seeds: mean and range
+    assert len(ax.patches) == 9 and ax.patches[0].get_height() == pytest.approx(.1) and ax.collections[0].get_segments()[0][:, 1].tolist() == pytest.approx([0, .2])
+    gaps = plot_taps(frame[(frame.arm != ARMS[0]) | (frame.tap != 'logits')], 'cka', 'CKA', ax=plt.subplots()[1])     # a tap that one arm lacks
+    assert np.isnan(gaps.patches[6].get_height()) and gaps.patches[7].get_height() == pytest.approx(.5)
 
 def test_spikes_and_readings():
     ids = np.array([[0, 1, 0, 2]])

@@ -16,15 +16,15 @@ from kdocr.config import Config, load_config, save_config
 from kdocr.charset import DEFAULT_CHARS, Charset
 from kdocr.metrics import Prediction, wilson
 from kdocr.notebooks import run_notebook
-from kdocr.figures import TERMS, plot_spikes, use_style
+from kdocr.figures import PAGE, TERMS, plot_spikes, use_style
 from kdocr.restran import make_model
 from kdocr.run import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.compare import Run, read_run
 from kdocr.alignment import cosine_by_position, error_by_position, pca_rgb
 from kdocr.inside import (CHANGES, KINDS, MORE, WHATS, Arm, Curve, Seen, Strip, align_looks, arms_of, as_steps, attention_strips, attention_weights, by_frames, calibration_error, changes, channel_frame,
                           channel_strips, column, confusion, differing, each, edits, find_teacher, frames_table, fusion_frame, held_out, keep, layer_names, legend_of, look, loss_terms, mark_disagreement,
-                          missed, not_comparable, over_seeds, picture, plot_alike_accurate, plot_by_step, plot_changes, plot_channels, plot_confusion, plot_frames, plot_fusion, plot_heads, plot_layers,
-                          plot_plates, plot_reliability, plot_runs, plot_strips, plot_terms, quartiles, read_curve, reliability, run_looks, series, smoothing, tap_strips, unique_labels, widest_channels, wrapped)
+                          missed, not_comparable, over_seeds, over_tracks, picture, plot_alike_accurate, plot_by_step, plot_changes, plot_channels, plot_confusion, plot_frames, plot_fusion, plot_groups, plot_heads, plot_layers,
+                          plot_plates, plot_reliability, plot_runs, plot_strips, plot_terms, read_curve, reliability, run_looks, series, smoothing, tap_strips, taught_by_others, unique_labels, widest_channels, wrapped)
 from training import small
 
 ARMS = ['random init, control', 'random init, distilled', "teacher's weights, distilled"]
@@ -129,12 +129,33 @@ def test_a_picture_is_in_range(): assert picture(torch.full((1, 2, 3, 4, 8), -1.
 # ---- frames and their figures
 
 def test_by_step_draws_medians_and_bands_for_few():
-    q = quartiles(torch.arange(5.)[:, None] * torch.ones(4))
-    assert q[['mid', 'lo', 'hi', 'n']].iloc[0].tolist() == [2, 1, 3, 5] and q.step.tolist() == [0, 1, 2, 3]
+    x = torch.arange(5.)[:, None] * torch.ones(4)
+    q = over_tracks([x])
+    assert q[['mid', 'lo', 'hi', 'n', 'seeds']].iloc[0].tolist() == [2, 1, 3, 5, 1] and q.step.tolist() == [0, 1, 2, 3]
     ax = plot_by_step({ARMS[0]: q, ARMS[1]: q}, 'cosine')
     assert len(ax.lines) == 2 and len(ax.collections) == 2 and 'n = 5 plates' in ax.get_xlabel() and 'quartiles' in ax.get_ylabel()
-    ax = plot_by_step({str(i): q for i in range(5)}, 'cosine', plt.subplots()[1])
+    ax = plot_by_step({str(i): q for i in range(5)}, 'cosine', ax=plt.subplots()[1])
     assert len(ax.lines) == 5 and not ax.collections and ax.get_ylabel() == 'cosine, median'
+
+def test_seeds_by_step_are_their_mean_in_their_range():
+    x = torch.arange(5.)[:, None] * torch.ones(4)
+    f = over_tracks([x, x + 1, x + 5])
+    assert f[['mid', 'lo', 'hi', 'n', 'seeds']].iloc[0].tolist() == [4, 2, 7, 5, 3] and over_tracks([x**2], 'mean')[['mid', 'lo', 'hi']].iloc[0].tolist() == [6, 6, 6]
+    ax = plot_by_step({str(i): f for i in range(5)}, 'entropy', 'mean')
+    assert len(ax.collections) == 5 and 'range of 3 seeds' in ax.get_xlabel() and ax.get_ylabel() == 'entropy, mean'
+    lo, hi = ax.collections[0].get_paths()[0].get_extents().get_points()[:, 1]
+    assert (lo, hi) == (2, 7)
+
+def test_groups_are_drawn_by_arm_where_their_points_are():
+    one = pd.DataFrame([dict(arm=ARMS[0], group=g, n=n, rr=r, lo=r - .02, hi=r + .02, seeds=1) for g, n, r in (('A', 10, .6), ('B', 20, .7))])
+    both = pd.concat([one, one.assign(arm=ARMS[1], rr=one.rr + .1, lo=one.rr + .05, hi=one.rr + .15, seeds=3)])
+    ax = plot_groups(both, 'height')
+    assert ax.get_ylim() == pytest.approx((100*.58 - 2.16, 100*.85 + 2.16)) and [t.get_text() for t in ax.get_xticklabels()] == ['A\nn=10', 'B\nn=20'] and '%' in ax.get_ylabel()
+    band, = [c for c in ax.collections if hasattr(c, 'get_paths') and len(c.get_paths()[0].vertices) > 4]
+    assert band.get_paths()[0].get_extents().get_points()[:, 1].tolist() == pytest.approx([65, 85])     # the seeds' range; the single seed has bars
+    assert [list(c.lines[0].get_ydata()) for c in ax.containers] == [[60, 70], [70, 80]] and [c.lines[0].get_linestyle() for c in ax.containers] == ['--', '-']
+    ax = plot_groups(both, 'layout', joined=False, ax=plt.subplots()[1])
+    assert {c.lines[0].get_linestyle() for c in ax.containers} == {'None'} and all(c.has_yerr for c in ax.containers)   # no line where there is no order
 
 def test_layers_heatmap():
     m = np.array([[.1, .9, np.nan], [.5, .6, .7]])
@@ -176,7 +197,9 @@ def test_alike_and_accurate():
     assert len(fig.axes) == 3 and all('n = 3 runs' in ax.get_xlabel() and 'rank' not in ax.get_title(loc='left') for ax in fig.axes) and 'n = 50 tracks' in fig.axes[0].get_ylabel()
     points = [l for l in fig.axes[0].lines if l.get_marker() in 'osD']
     assert [(l.get_xdata()[0], l.get_ydata()[0]) for l in points] == [pytest.approx((.1 + .2*i, 20*i)) for i in range(3)]
-    assert 'not imply' in fig._suptitle.get_text()
+    assert 'not imply' in fig._suptitle.get_text() and fig.axes[0].get_ylim() == pytest.approx((-2, 54)) # 0 to 50 %, with some room
+    seeds = plot_alike_accurate(pd.concat([f, f.assign(exact=f.exact + .01)]))
+    assert [t.get_text() for t in seeds.legends[0].get_texts()] == ARMS and 'n = 6 runs' in seeds.axes[0].get_xlabel() # a name an arm, a point a run
     many = pd.concat([f.assign(arm=f.arm + str(i)) for i in range(6)])
     assert len({(v['color'], v['marker'], v['linestyle']) for v in run_looks(many.arm).values()}) == 18 # more runs than markers
 
@@ -243,9 +266,11 @@ def test_a_band_over_seeds_and_a_smoothing_with_a_name(log):
     ax = plot_terms(Arm('a', [log, log.assign(ctc=6.)]), 'raw', window=5)
     assert len(ax.collections) == 4 and lines(ax)[0].get_ydata()[10] == 5 and ax.get_legend().get_title().get_text() == 'running median of 5 points; band: range of 2 seeds'
 
-def test_nothing_measured_draws_nothing(log):
-    ax = plot_terms(Arm('a', [log[['step', 'ctc']]]), 'grad')
-    assert not ax.lines and ax.get_legend() is None
+def test_nothing_measured_draws_nothing_and_says_so(log):
+    for what in ('grad', 'cosine'):
+        ax = plot_terms(Arm('a', [log[['step', 'ctc']]]), what, ax=plt.subplots()[1])
+        assert not lines(ax) and ax.get_legend() is None and said(ax) == ['not measured'] and 'n =' not in ax.get_xlabel()
+    assert said(plot_runs([Arm('a', [log])], column('nothing'), 'nothing', ax=plt.subplots()[1])) == ['not measured']
 
 def test_runs_overlaid(log):
     ax = plot_runs([Arm(ARMS[0], [log]), Arm(ARMS[1], [log]), Arm(ARMS[2], [log[['step', 'ctc']]])], column('val_rr', 100), 'exact match (%)')
@@ -258,7 +283,7 @@ def test_logs_that_are_none(tmp_path):
     save_config(Config(), tmp_path/'bad/config.yaml')
     (tmp_path/'bad/metrics.jsonl').write_text('no json\n')
     got, lines = each([tmp_path/'nowhere', tmp_path/'empty', tmp_path/'bad'], read_curve)
-    assert not got and ['not a run folder' in lines[0], 'no steps yet' in lines[1], 'JSONDecodeError' in lines[2]] == [True] * 3 and all(n in l for n, l in zip(('nowhere', 'empty', 'bad'), lines))
+    assert not got and ['not a run folder' in lines[0], 'no steps yet' in lines[1], 'metrics.jsonl: a damaged line' in lines[2]] == [True] * 3 and all(n in l for n, l in zip(('nowhere', 'empty', 'bad'), lines))
 
 
 # ---- errors
@@ -273,7 +298,7 @@ def test_confusions_count_every_character_once():
     t = confusion(preds)
     assert t.iloc[:-1].values.sum() == 5 and t.loc['B', '8'] == 2 and t.loc['B', ''] == 1 and t.loc['', 'A'] == 1 and t.loc['', ''] == 0
     im = plot_confusion(t, 'two runs', least=1)
-    assert sorted(said(im.axes)) == ['1', '1', '2'] and '2 taken for another, 1 missing, 1 added' in im.axes.get_title(loc='left') and 'n = 5 characters' in im.axes.get_title(loc='left')
+    assert sorted(said(im.axes)) == ['1', '1', '2'] and 'counts from 1 are written' in im.axes.get_title(loc='left') and not said(plot_confusion(t, ax=plt.subplots()[1]).axes)[1:] and '2 taken for another, 1 missing, 1 added' in im.axes.get_title(loc='left') and 'n = 5 characters' in im.axes.get_title(loc='left')
     assert np.ma.getmaskarray(im.get_array()).diagonal().all() and im.axes.get_xticklabels()[-1].get_text() == 'missing'
     assert plot_confusion(confusion([]), ax=plt.subplots()[1]).axes.get_title(loc='left').startswith('n = 0')
 
@@ -346,13 +371,14 @@ def executed(name, out, runs, **kw):
     "What the notebook printed, and the names of its figures."
     nb = nbformat.read(run_notebook(name, out, dict(runs=[str(r) for r in runs], out=str(out), **kw)), 4)
     text = ''.join(o.get('text', '') for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'stream' and o.name == 'stdout')
+    for p in (Path(out)/'figures').glob('*.png'): assert plt.imread(p).shape[1] <= 200*PAGE + 1, f'{p.name} is wider than a page'
     return text, {p.stem for p in (Path(out)/'figures').glob('*.png')}, {p.stem for p in (Path(out)/'figures').glob('*.pdf')}
 
 @pytest.mark.slow
 def test_feature_alignment_goes_on_with_the_rest(results, tmp_path):
     text, png, pdf = executed('feature_alignment', tmp_path, [results/n for n in NAMES], plates=1, channels=1)
     for name, why in (('unfinished', 'not finished'), ('moved', 'other data'), ('empty', 'not a run folder'), ('damaged', 'damaged')): assert any(name in l and why in l for l in text.split('\n')), (name, text)
-    assert "logits: its charset is" in text and "another width than the teacher's" in text and 'One frame at a time' in text and 'validation tracks, 6 students' in text
+    assert "logits: its charset is" in text and "another width than the teacher's" in text and 'One frame at a time' in text and 'validation tracks, 6 students of 5 arms' in text
     assert png == pdf >= {'maps_backbone_out', 'maps_transformer_out', 'maps_logits', 'channels_under_plate', 'attention_refiner', 'by_position', 'alignment', 'layers', 'channels', 'heads', 'fusion_0', 'spikes', 'confidence', 'cka_accuracy'}
 
 @pytest.mark.slow
@@ -380,12 +406,38 @@ def test_runs_on_the_same_data_are_kept_and_others_named(results):
     assert [r.path.name for r in kept] == ['control', 'teacher'] and len(lines) >= 1 and all('moved' in l for l in lines) and data.fingerprint == read_json(RunFolder(results/'control').env)['data_fingerprint']
     assert find_teacher(None, kept) == RunFolder(results/'teacher').best and find_teacher(None, kept[:1]).name == 'teacher_best.pth' and find_teacher(results/'x.pth', kept) == results/'x.pth'
 
-def test_data_found_beside_a_moved_run(results):
-    r = read_run(results/'control')
+def test_data_found_beside_a_moved_run(results, tmp_path):
+    shutil.copytree(results/'control', tmp_path/'away')
+    r = read_run(tmp_path/'away')
+    env = read_json(RunFolder(r.path).env)
+    write_json(RunFolder(r.path).env, dict(env, data='/gone/embedded'))
     away = Run(r.path, r.cfg.model_copy(update=dict(data=Path('/gone')/'embedded')), r.parts)
-    (results/'embedded').symlink_to(r.cfg.data)
     data, kept, lines = held_out([away])
-    assert kept == [away] and not lines and data.cfg.data == results/'embedded'
+    assert data is None and kept == [] and 'away: its data are gone, there is no folder /gone/embedded nor' in lines[0]
+    (tmp_path/'embedded').symlink_to(r.cfg.data)
+    data, kept, lines = held_out([away])
+    assert kept == [away] and not lines and data.cfg.data == tmp_path/'embedded'
+
+def test_of_two_folders_the_one_with_the_right_fingerprint(results, tmp_path, monkeypatch):
+    "A relative path, and a folder of that name where the analysis runs: it is another's."
+    from kdocr.synth import synth
+    shutil.copytree(results/'control', tmp_path/'p/results/control')
+    r = read_run(tmp_path/'p/results/control')
+    env = read_json(RunFolder(r.path).env)
+    write_json(RunFolder(r.path).env, {k: v for k, v in env.items() if k != 'data'})
+    (tmp_path/'p/results/plates').symlink_to(r.cfg.data)
+    synth(tmp_path/'plates', tracks=4, test=1, seed=9, workers=1)
+    monkeypatch.chdir(tmp_path)
+    run = r._replace(cfg=r.cfg.model_copy(update=dict(data=Path('plates'), out=Path('elsewhere/results'))))
+    data, kept, lines = held_out([run])
+    assert kept == [run] and not lines and data.cfg.data == tmp_path/'p/results/plates' and not (tmp_path/'plates/.kdocr').exists()
+
+def test_another_teacher_is_said(results):
+    runs = [read_run(results/n) for n in ('control', 'distilled_0')]
+    best = RunFolder(results/'teacher').best
+    assert taught_by_others(runs, best) == []
+    line, = taught_by_others([runs[0], runs[1]._replace(facts=dict(runs[1].facts, teacher_hash='abcd'))], best)
+    assert 'distilled_0: it was taught by another teacher' in line
 
 @pytest.mark.parametrize('together', [False, True])
 def test_frames_are_read_as_evaluate_reads_them(results, together):
