@@ -82,7 +82,7 @@ def card_text(c:dict) -> str: # Markdown
              f"{len(m['charset'])} characters: `{m['charset']}`. {calibrated}.", '', '## Data', '',
              f"{d['source'][:1].upper()}{d['source'][1:]}; {texts} different texts to train on. Fingerprint {d['fingerprint']}, split {d['split']}.",
              '', '## Recipe', '', '| setting | |', '| --- | --- |', *(f'| {k} | {v} |' for k, v in c['recipe'].items()), '',
-             f"Best validation at step {t['step']:,} of {t['steps']:,}; {t['seconds']:,} s on {t['device_name']} ({t['device']}), torch {t['torch']}, revision {t['git']}.",
+             f"Best validation at step {t['step']:,} of {t['steps']:,}; {t['seconds']:,} s on {t['device_name']} ({t['device']}), torch {t['torch']}" + (f", revision {t['git']}." if t['git'] else '.'),
              '', '## Accuracy', '', f"What was read: {c['reading']}; greedy. Heights are those of the first frame, as stored; a row of another name says itself what was read."]
     lines += ['', '| | tracks | exact, % (95 % interval) | CER, % | Confidence Gap | calibration error |', '| --- | --- | --- | --- | --- | --- |']
     for part, a in c['accuracy'].items():
