@@ -73,19 +73,20 @@ def finished_runs(folder:str|Path # a results folder
     return sorted(p.parent for p in Path(folder).glob('*/scores.json') if (p.parent/'config.yaml').is_file())
 
 # %% ../nbs/50_compare.ipynb #04fd4264
-def places(run:Run, named:Path # a path, as the config has it
-          ) -> list[Path]:     # the likeliest first, all of them absolute
+def places(run:Path, cfg:Config, # its folder and settings
+           named:Path            # a path in them
+          ) -> list[Path]:       # the likeliest first, all of them absolute
     "Where a file or folder that a run names may lie by now."
-    above, out = run.path.absolute().parents, run.cfg.out
+    above, out = run.absolute().parents, cfg.out
     start = [above[len(out.parts)]] if not out.is_absolute() and len(out.parts) < len(above) else []
     return list(dict.fromkeys([*(s/named for s in start), named.absolute(), above[0]/named.name])) # an absolute `named` stays what it is
 
-def data_of(run:Run) -> Path:
+def data_of(run:Path, cfg:Config) -> Path: # of a run's folder and settings
     "Where a run's data are: of several places the one with its fingerprint. Raises `KdocrError` naming those where they are not."
-    kept = read_values(RunFolder(run.path).env) if RunFolder(run.path).env.is_file() else {}
-    asked = list(dict.fromkeys([*([Path(kept['data'])] if kept.get('data') else []), *places(run, run.cfg.data or run.cfg.out/'embedded')]))
+    kept = read_values(RunFolder(run).env) if RunFolder(run).env.is_file() else {}
+    asked = list(dict.fromkeys([*([Path(kept['data'])] if kept.get('data') else []), *places(run, cfg, cfg.data or cfg.out/'embedded')]))
     there = [p for p in asked if p.exists()]
-    if not there: raise KdocrError(f'{run.path}: its data are gone, there is no folder {" nor ".join(map(str, asked))}')
+    if not there: raise KdocrError(f'{run}: its data are gone, there is no folder {" nor ".join(map(str, asked))}')
     def its(p):
         try: return index(p).fingerprint == kept.get('data_fingerprint')
         except KdocrError: return False # a folder of something else
@@ -452,12 +453,12 @@ def compare_runs(runs:list[Run], control:str='') -> tuple[str, dict, pd.DataFram
 def _teacher_file(r, otherwise):
     named = r.cfg.teacher_checkpoint or otherwise
     if named is None: raise KdocrError('it names no teacher, and the others share none')
-    found = next((p for p in places(r, Path(named)) if p.is_file()), None)
+    found = next((p for p in places(r.path, r.cfg, Path(named)) if p.is_file()), None)
     if found is None: raise KdocrError(f'its teacher is not at {named}')
     return found
 
 def _same_tracks(r, tracks, known): # LR and HR of the run's validation tracks; `known` keeps what was read
-    root = data_of(r)
+    root = data_of(r.path, r.cfg)
     cfg = r.cfg.model_copy(update=dict(data=root, out=r.path.parent, seed=0))
     key = repr([(k, v) for k, v in cfg if k in ViewSettings.model_fields and k not in RunSettings.model_fields])
     if key not in known:

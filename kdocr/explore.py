@@ -412,8 +412,8 @@ def run_of(path:Path # a run folder, or a checkpoint
           ) -> Run|None: # None where a checkpoint lies alone
     "The run; a teacher's best checkpoint is published beside its run folder."
     if path.is_dir(): return read_run(path)
-    beside = path.parent.parent, path.with_name(path.name.removesuffix('_best.pth'))
-    return next(iter(each([p for p in beside if (p/'config.yaml').is_file()], read_run)[0]), None)
+    folder = RunFolder.of(path)
+    return next(iter(each([folder.path], read_run)[0]), None) if folder else None
 
 def _verdicts(run): # key -> whether it was read rightly in validation
     return {} if run is None else {p.key: p.right for p in run.parts.get('val', ())}

@@ -93,7 +93,7 @@ class HeldOut(NamedTuple):
         return open_data(self.cfg.model_copy(update=dict(mode=mode, **{k: about[k] for k in ('frames', 'height', 'width')})))
 
 def _open(r:Run) -> HeldOut:
-    cfg = r.cfg.model_copy(update=dict(data=data_of(r), out=r.path.absolute().parent, packs=r.cfg.packs and next((p for p in places(r, r.cfg.packs) if p.exists()), None)))
+    cfg = r.cfg.model_copy(update=dict(data=data_of(r.path, r.cfg), out=r.path.absolute().parent, packs=r.cfg.packs and next((p for p in places(r.path, r.cfg, r.cfg.packs) if p.exists()), None)))
     d, env = open_data(cfg), read_json(RunFolder(r.path).env)
     if d.fingerprint != env.get('data_fingerprint'): raise KdocrError(f'{r.path}: the data in {cfg.data} are not those that it trained on')
     return HeldOut(cfg, d.fingerprint, d.split.hash)
@@ -125,7 +125,7 @@ def find_teacher(given:Path|None, runs:list[Run]) -> Path|None:
     "The teacher asked for; else the first teacher among the runs; else the first that a student names and that is still there."
     if given: return Path(given)
     own = [RunFolder(r.path).best for r in runs if r.cfg.mode == 'teacher']
-    named = [p for r in runs if r.cfg.mode == 'student' and r.cfg.teacher_checkpoint for p in places(r, r.cfg.teacher_checkpoint)]
+    named = [p for r in runs if r.cfg.mode == 'student' and r.cfg.teacher_checkpoint for p in places(r.path, r.cfg, r.cfg.teacher_checkpoint)]
     return next((p for p in own + named if p.is_file()), None)
 
 def taught_by_others(runs:list[Run], teacher:Path) -> list[str]:

@@ -188,6 +188,12 @@ class RunFolder:
     published = property(lambda self: self.path.parent/f'{self.path.name}_best.pth', doc="A teacher's best checkpoint, beside the run folders.")
     finished = property(lambda self: self.scores.exists(), doc='Whether there is nothing left to do.')
 
+    @classmethod
+    def of(cls, checkpoint:Path) -> 'RunFolder|None': # None where the checkpoint lies alone
+        "The run that a checkpoint belongs to: it lies in it, or is published beside it."
+        beside = checkpoint.parent.parent, checkpoint.with_name(checkpoint.name.removesuffix('_best.pth'))
+        return next((cls(p) for p in beside if (p/'config.yaml').is_file()), None)
+
     def predictions(self, part:str='val') -> list[Prediction]: return read_predictions(self.path/f'predictions_{part}.csv')
 
     def claim(self, cfg:Config, ids:dict, env:dict):

@@ -13,11 +13,12 @@ from .metrics import Prediction, read_predictions, score, wilson
 from .restran import make_model
 from .run import FREE, RunFolder, load_checkpoint
 from .inside import calibration_error, reliability
-from .export import data_of
+from .compare import data_of
 
 # %% ../nbs/63_runcard.ipynb #29c93be9
 def _data(run:RunFolder, cfg:Config, env:dict, ckpt:dict) -> dict:
-    root = data_of(run.path, cfg)
+    try: root = data_of(run.path, cfg)
+    except KdocrError: root = None # gone
     told = read_json(root/'synth.json') if root and (root/'synth.json').is_file() else dict(tracks=cfg.synth_tracks, test=cfg.synth_test) if cfg.data is None else {}
     said = ', '.join(f'{k} {told[k]}' for k in ('tracks', 'test', 'seed', 'variety') if k in told)
     source = f'plates drawn by kdocr synth ({said})' if told else f'{"the pictures that a CSV lists" if cfg.data.suffix == ".csv" else "tracks"}, {cfg.data.name}'

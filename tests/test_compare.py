@@ -279,18 +279,18 @@ def test_data_are_found_from_any_folder(trained, tmp_path, monkeypatch):
     (tmp_path/'plates').mkdir()                                        # another folder of that name, where the analysis is run
     monkeypatch.chdir(tmp_path)
     env = read_json(project/'results/mse/env.json')
-    assert env['data'] == str(Path(drawn()).absolute()) == str(data_of(run))
+    assert env['data'] == str(Path(drawn()).absolute()) == str(data_of(run.path, run.cfg))
     write_json(project/'results/mse/env.json', {k: v for k, v in env.items() if k != 'data'})
-    assert data_of(run) == project/'plates' and len(alignment_table([run], tracks=6)[0]) == 3
+    assert data_of(run.path, run.cfg) == project/'plates' and len(alignment_table([run], tracks=6)[0]) == 3
     relative = run._replace(path=Path('project/results/mse'))
-    assert data_of(relative) == project/'plates'
+    assert data_of(relative.path, relative.cfg) == project/'plates'
     shutil.move(project/'plates', project/'results/plates')            # with its runs
-    assert data_of(run) == project/'results/plates'
+    assert data_of(run.path, run.cfg) == project/'results/plates'
     write_json(project/'results/mse/env.json', dict(env, data='/nowhere'))
     shutil.rmtree(project/'results/plates')
-    assert data_of(run) == tmp_path/'plates'                           # what it has not is for the fingerprint to find out
+    assert data_of(run.path, run.cfg) == tmp_path/'plates'                           # what it has not is for the fingerprint to find out
     (tmp_path/'plates').rmdir()
-    with pytest.raises(KdocrError, match='there is no folder /nowhere nor .*project/plates nor .*'): data_of(run)
+    with pytest.raises(KdocrError, match='there is no folder /nowhere nor .*project/plates nor .*'): data_of(run.path, run.cfg)
 
 @pytest.mark.slow
 def test_recipes_runs_and_says_how_to_make_runs(trained, tmp_path):

@@ -15,9 +15,9 @@ from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.reader import session
-from kdocr.export import Comparison, about, compare_graph, data_of, export, halved, run_of, to_onnx
+from kdocr.export import Comparison, about, compare_graph, export, halved, to_onnx
 from kdocr.restran import make_model
-from kdocr.run import describe, save_checkpoint
+from kdocr.run import RunFolder, describe, save_checkpoint
 from training import drawn
 
 CHARS = 'aé-ñ'
@@ -88,21 +88,12 @@ def test_export_with_the_data_of_its_run(tiny, tmp_path, capsys):
     (run/'checkpoints').mkdir(parents=True)
     (run/'config.yaml').write_text(f'data: {drawn()}\nval_share: 0.2\nname: mine\nout: {tmp_path}/results\n')
     ckpt = (run/'checkpoints'/'best.pth'); ckpt.write_bytes(path.read_bytes())
-    assert run_of(ckpt) == run and run_of(path) is None
+    assert RunFolder.of(ckpt) == RunFolder(run) and RunFolder.of(path) is None
     assert main(['export', str(ckpt)]) == 0
     out = capsys.readouterr().out
     assert f'{run}/checkpoints/best.onnx' in out and f'the validation split of {drawn()}' in out and 'strings the same' in out and '1 and 5 frames' in out
     told = json.loads(session(ckpt.with_suffix('.onnx')).get_modelmeta().custom_metadata_map['kdocr'])
     assert (told['charset'], told['height'], told['width'], told['frames'], told['model_type']) == (Charset().chars, 32, 128, 1, 'restran_tiny')
-
-
-def test_the_data_of_a_run(tmp_path, monkeypatch):
-    "A relative path begins where the run was started, and not where somebody asks."
-    run = tmp_path/'started here'/'results'/'mine'
-    (tmp_path/'started here'/'plates').mkdir(parents=True); (tmp_path/'elsewhere'/'plates').mkdir(parents=True)
-    monkeypatch.chdir(tmp_path/'elsewhere')
-    assert data_of(run, Config(data='plates', out='results')) == tmp_path/'started here'/'plates'
-    assert data_of(run, Config(data='gone', out='results')) is None and data_of(run, Config(data=tmp_path, out=tmp_path)) == tmp_path
 
 
 def test_another_charset_several_frames_and_half(tmp_path, capsys):

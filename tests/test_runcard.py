@@ -49,6 +49,7 @@ def test_data_that_nobody_drew(run, tmp_path):
     shutil.copytree(run, tmp_path/'mine')
     config = yaml.safe_load((tmp_path/'mine'/'config.yaml').read_text())
     (tmp_path/'mine'/'config.yaml').write_text(yaml.safe_dump(config | dict(data=str(tmp_path/'LRLPR-26'))))
+    write_json(tmp_path/'mine'/'env.json', read_json(tmp_path/'mine'/'env.json') | dict(data=str(tmp_path/'LRLPR-26')))
     c = run_card(tmp_path/'mine')
     assert c['data']['drawn'] is None and any('not known here' in x for x in c['limits']) and not any('drawn plates alone' in x for x in c['limits'])
     (tmp_path/'LRLPR-26').mkdir()
