@@ -298,7 +298,7 @@ class How(NamedTuple):
 
 # %% ../nbs/60_reader.ipynb #365e504e
 LOOKS  = (0, 0), (3, 0), (-3, 0), (0, 1), (0, -1) # pixels of the network's input, to the left and up
-UNSURE = .9                                       # a plate that is less sure than this is looked at again
+UNSURE = .8                                       # a plate that is less sure than this is looked at again
 
 def shifted(frames:np.ndarray, # (f,H,W,3)
             x:int, y:int       # pixels to the left and up; negative ones to the right and down
@@ -343,8 +343,7 @@ class _Settled:
 # %% ../nbs/60_reader.ipynb #0018
 _AT_ONCE = 320 # pictures in the network, at most: 64 tracks of five
 
-def _mean(log_probs): # of several looks; one is left as it is
-    return log_probs[0] if len(log_probs) == 1 else log_softmax(np.mean(log_probs, 0))
+def _mean(looks): return log_softmax(np.mean(looks, 0)) # of their log-probabilities
 
 class _Joins(_Settled):
     def _run(self, x): # (n,f,H,W,3) uint8 -> (n,t,c) logits
@@ -365,35 +364,42 @@ class _Joins(_Settled):
         return np.stack(out)
 
     def log_probs(self, plates:list[np.ndarray], # (f,H,W,3) uint8 each, of the network's size
-                  frames:str,                    # sum or attention
-                  looks=LOOKS                    # what is averaged
+                  frames:str                     # sum or attention
                  ) -> np.ndarray:                # (b,t,c)
-        "What is said of each plate's frames together, calibrated."
-        mean = _mean([self._joined([shifted(p, *by) for p in plates], frames) for by in looks])
+        "What all looks at each plate's frames say together, calibrated."
+        mean = _mean([self._joined([shifted(p, *by) for p in plates], frames) for by in LOOKS])
         return np.stack([self._calibrated(x, len(p)) for x, p in zip(mean, plates)])
 
 # %% ../nbs/60_reader.ipynb #3159035c
 class _Reads(_Joins):
-    def _together(self, plates, how, looks) -> list[Reading]: return self._decoded(self.log_probs(plates, how.frames, looks), how)
-
-    def _vote(self, plates, how, looks) -> list[Reading]:
-        each = _mean([np.concatenate(self._singly([shifted(p, *by) for p in plates])) for by in looks])
-        x, owner = self._calibrated(each, 1), np.repeat(np.arange(len(plates)), [len(p) for p in plates])
-        def by_plate(readings): return [[r for r, o in zip(readings, owner) if o == i] for i in range(len(plates))]
-        won = [vote([r.text for r in rs], [r.confidence for r in rs]) for rs in by_plate(self._decoded(x, how))]
-        return [averaged(rs) for rs in by_plate(weigh(x, [won[o] for o in owner], self.charset, how.layout))]
+    def _seen(self, plates, how, by) -> list[np.ndarray]: # what one look says of each plate: log-probabilities (t,c), for a vote (f,t,c)
+        moved = [shifted(p, *by) for p in plates]
+        return self._singly(moved) if how.frames == 'vote' else [*self._joined(moved, how.frames)]
 
     def _decoded(self, log_probs, how) -> list[Reading]:
         return weigh(log_probs, decode(log_probs, self.charset, how.decoder, how.layout), self.charset, how.layout)
 
+    def _voted(self, each, how) -> list[Reading]:
+        x, owner = self._calibrated(np.concatenate(each), 1), np.repeat(np.arange(len(each)), [len(e) for e in each])
+        def by_plate(readings): return [[r for r, o in zip(readings, owner) if o == i] for i in range(len(each))]
+        won = [vote([r.text for r in rs], [r.confidence for r in rs]) for rs in by_plate(self._decoded(x, how))]
+        return [averaged(rs) for rs in by_plate(weigh(x, [won[o] for o in owner], self.charset, how.layout))]
+
+    def _texts(self, seen, plates, how) -> list[Reading]:
+        if how.frames == 'vote': return self._voted(seen, how)
+        return self._decoded(np.stack([self._calibrated(x, len(p)) for x, p in zip(seen, plates)]), how)
+
     def readings(self, plates:list[np.ndarray], how:How) -> list[Reading]: # plates as in `log_probs`
         "What stands on each plate; those that a first look is not sure of are looked at again."
         if not plates: return []
-        way = self._vote if how.frames == 'vote' else self._together
-        first = way(plates, how, LOOKS[:1])
-        unsure = [i for i, r in enumerate(first) if r.confidence < how.again]
-        second = dict(zip(unsure, way([plates[i] for i in unsure], how, LOOKS))) if unsure else {}
-        return [second.get(i, r) for i, r in enumerate(first)]
+        first = self._seen(plates, how, LOOKS[0])
+        said = self._texts(first, plates, how)
+        unsure = [i for i, r in enumerate(said) if r.confidence < how.again]
+        if not unsure: return said
+        some = [plates[i] for i in unsure]
+        looks = [[first[i] for i in unsure], *(self._seen(some, how, by) for by in LOOKS[1:])]
+        for i, r in zip(unsure, self._texts([_mean(x) for x in zip(*looks)], some, how)): said[i] = r
+        return said
 
 # %% ../nbs/60_reader.ipynb #0019
 class _Opens(_Reads):
