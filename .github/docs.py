@@ -10,7 +10,8 @@ from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {'nbs': 'The library', 'nbs/runs': 'Run notebooks', 'nbs/analysis': 'Analysis notebooks'}
+FLOORS = {'': '', **{f'/{f}': f': {f}' for f in ('data', 'models', 'distill', 'training', 'jobs', 'analysis', 'reader')}}
+PARTS = {**{f'nbs{f}': f'The library{n}' for f, n in FLOORS.items()}, 'nbs/runs': 'Run notebooks'}
 PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>kdocr</title>
 <style>body{{max-width:54em;margin:2em auto;padding:0 1em;font:16px/1.55 system-ui,sans-serif;color:#222}}a{{color:#0072b2}}pre,code{{background:#f5f5f5;font-size:.92em}}pre{{padding:.7em;overflow:auto}}
 img{{max-width:100%}}table{{border-collapse:collapse}}td,th{{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:left}}nav{{columns:2;font-size:.93em}}nav li{{break-inside:avoid;margin-bottom:.3em}}</style>

@@ -38,7 +38,7 @@ write_json(folder/'scores.json', dict(val=dict(n=10, rr=float(1 / (1 + abs(w[1:]
 COMMAND = '''
 import json, sys
 from kdocr.core import guard
-from kdocr.jobs import Job, Lines, run_jobs
+from kdocr.jobs.queue import Job, Lines, run_jobs
 plan = json.load(open(sys.argv[1]))
 def command():
     rows = run_jobs([Job(*j) for j in plan['jobs']], plan['out'], plan['notebook'], int(sys.argv[2]), retries=plan.get('retries', 2), go_on=True, show=Lines)

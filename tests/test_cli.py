@@ -31,7 +31,7 @@ def test_nothing_heavy_is_imported_for_help():
     assert r.returncode == 0
 
 def test_help_of_run_names_every_shipped_notebook(capsys):
-    from kdocr.notebooks import shipped_notebooks
+    from kdocr.jobs.notebooks import shipped_notebooks
     with pytest.raises(SystemExit): parser().parse_args(['run', '--help'])
     said = capsys.readouterr().out
     assert set(shipped_notebooks()) <= set(re.findall(r'\w+', said))
@@ -45,7 +45,7 @@ def results(tmp_path):
     "Two arms of three seeds, one run that is still going."
     from kdocr.config import Config
     from kdocr.metrics import Prediction
-    from kdocr.run import RunFolder
+    from kdocr.training.run_folder import RunFolder
     for arm, right in (('ctc', (60, 58, 62)), ('soft', (70, 69, 71))):
         for seed, n in enumerate(right):
             cfg = Config(name=f'{arm}_{seed}', out=tmp_path/'results', mode='student', arm=arm, seed=seed, control='ctc', teacher_checkpoint='t.pth', distill_weight=float(arm == 'soft'))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from kdocr.cli import parser
-from kdocr.notebooks import check_parameters, notebook_path, parameters
+from kdocr.jobs.notebooks import check_parameters, notebook_path, parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOWS = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((ROOT/'.github/workflows').glob('*.yml'))}
@@ -61,8 +61,8 @@ def test_the_site_shows_notebooks_with_their_outputs_and_its_links_lead_somewher
     spec = importlib.util.spec_from_file_location('docs', ROOT/'.github/docs.py')
     docs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(docs)
-    index = docs.build(tmp_path, only={'01_charset', 'loss_curves'}).read_text()
-    page = (tmp_path/'nbs/01_charset.html').read_text()
+    index = docs.build(tmp_path, only={'02_charset', 'loss_curves'}).read_text()
+    page = (tmp_path/'nbs/02_charset.html').read_text()
     assert '<h1 id="charset">' in page and 'jp-OutputArea-output' in page and 'kdocr: charset' in page
     local = [l for l in re.findall(r'(?:href|src)="((?!https?:|#)[^"]+)"', index)]
     assert 'nbs/analysis/loss_curves.html' in local and not [l for l in local if not (tmp_path/l).exists()]

@@ -1,0 +1,1 @@
+"""Statistics, probes, figures, reports and explorers of finished runs."""

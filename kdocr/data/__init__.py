@@ -1,0 +1,1 @@
+"""Plates: drawn, degraded, read from folders, packed, augmented and batched."""

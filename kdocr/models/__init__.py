@@ -1,0 +1,1 @@
+"""Networks that return their taps, and how they are frozen."""

@@ -1,0 +1,1 @@
+"""Read plates without torch; submit, export and describe a reader."""

@@ -1,0 +1,1 @@
+"""Run folders, trainers, pseudo-labels, and the command `train_kd`."""

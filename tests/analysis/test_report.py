@@ -1,0 +1,57 @@
+"""What a report is made of: the runs that can be compared, each other one named; the summary in words, tables and figures."""
+import matplotlib
+matplotlib.use('agg')
+import pytest
+from kdocr.core import KdocrError, read_json, write_json
+from kdocr.config import Config
+from kdocr.metrics import Prediction
+from kdocr.training.run_folder import RunFolder
+from kdocr.analysis.report import made_of, readable, summary_html
+
+FACTS = dict(data_fingerprint='aa', split_hash='bb', torch='2.13')
+
+@pytest.fixture
+def results(tmp_path):
+    "Two arms of three seeds, and what does not fit beside them."
+    def run(name, right, n=100, finish=True, **kw):
+        cfg = Config(**{**dict(name=name, out=tmp_path/'results', mode='student', teacher_checkpoint='t.pth'), **kw})
+        r = RunFolder(cfg.out/name)
+        r.claim(cfg, {}, dict(FACTS))
+        if finish: r.finish({'test': [Prediction(f't{i}', f'A{i}', f'A{i}' if i < right else '', .9) for i in range(n)]})
+        return r
+    for arm, right in (('ctc', (60, 58, 62)), ('soft', (70, 69, 71))):
+        for seed, k in enumerate(right): run(f'{arm}_{seed}', k, arm=arm, seed=seed, control='ctc', distill_weight=float(arm == 'soft'))
+    run('begun', 0, finish=False)
+    other = run('other_data', 50, arm='other')
+    write_json(other.env, dict(read_json(other.env), data_fingerprint='cc'))
+    run('other_tracks', 5, n=10, arm='few')
+    write_json(run('listed', 50, arm='listed').env, ['no names'])
+    run('damaged', 50, arm='damaged').config.write_text('a: [')
+    (tmp_path/'results/junk').mkdir()
+    (tmp_path/'results/file').write_text('x')
+    return tmp_path/'results'
+
+def test_what_does_not_fit_is_named_and_the_rest_goes_on(results, tmp_path):
+    runs, said = readable([results, results/'soft_0', results/'junk', tmp_path/'nowhere'])   # a folder of runs, one of them again, and two that are none
+    assert [r.path.name for r in runs] == ['ctc_0', 'ctc_1', 'ctc_2', 'soft_0', 'soft_1', 'soft_2']
+    for name, why in (('begun', 'not finished'), ('other_data', 'other data'), ('other_tracks', 'other held-out tracks'), ('listed', 'no names and values'), ('damaged', 'not valid YAML'), ('junk', 'not a run folder'), ('nowhere', 'not a run folder')):
+        assert sum(f'/{name}' in l and why in l for l in said) == 1, (name, said)
+    assert len(said) == 7
+
+def test_nothing_to_report_on_is_an_error(results):
+    with pytest.raises(KdocrError, match='begun: this run is not finished'): readable([results/'begun'])
+    with pytest.raises(KdocrError, match='no run was named'): readable([])
+
+def test_the_summary_holds_the_gains_as_a_figure_and_a_number_beside_its_unit(results, tmp_path):
+    runs, _ = readable([results])
+    page = '\n'.join(summary_html(runs, tmp_path/'figures'))
+    assert {p.name for p in (tmp_path/'figures').iterdir()} == {f'{n}.{k}' for n in ('arms', 'gains') for k in ('png', 'pdf')} and page.count('<img') == 2
+    assert page.startswith('<div class=verdict>') and '70.0&nbsp;% exact match' in page and '+10.0&nbsp;points' in page
+
+def test_the_small_print_says_once_what_all_share(results):
+    runs, _ = readable([results])
+    said = made_of(runs)
+    assert said.count('2.13') == 1 and 'All 6 runs: data_fingerprint aa, split_hash bb, torch 2.13.' in said and said.count('<tr') == 7
+    write_json(RunFolder(runs[0].path).env, dict(read_json(RunFolder(runs[0].path).env), torch='2.6'))
+    said = made_of(runs)
+    assert said.count('2.13') == 5 and said.count('>2.6<') == 1 and 'All 6 runs: data_fingerprint aa, split_hash bb.' in said
