@@ -75,7 +75,7 @@ def check(a):
 
 def pack(a):
     from kdocr.data.pack import pack_data
-    pack_data(a.folder, a.out, a.height, a.width, a.views, a.workers, a.skip_faulty)
+    pack_data(a.folder, a.out, a.height, a.width, a.n_degraded, a.workers, a.skip_faulty)
 
 # %% ../nbs/80_cli.ipynb #6932b244
 _DATA = (
@@ -92,7 +92,7 @@ _DATA = (
     Command(pack, 'decode a folder of tracks, or what a CSV lists, once, beforehand; training does it by itself where nobody did', [
         arg('folder', type=path, metavar='DATA'), arg('out', type=path, nargs='?', metavar='OUT', help='where the arrays go (default: DATA/.kdocr, where training looks)'),
         arg('--height', type=count, default=32, metavar='H', help='pixels (default: 32)'), arg('--width', type=count, default=128, metavar='W', help='pixels (default: 128)'),
-        arg('--views', type=count, default=0, metavar='N', help='degraded copies of each HR frame, for student_input degraded and mix (default: 0)'),
+        arg('--n-degraded', type=count, default=0, metavar='N', help='degraded copies of each HR frame, for student_input degraded and mix (default: 0)'),
         arg('--workers', type=count, metavar='N', help='processes; the arrays are the same for any number (default: one a core)'),
         arg('--skip-faulty', action='store_true', help='go on without the tracks that have a fault')]),
 )
@@ -129,10 +129,10 @@ def run(a):
     print(run_notebook(notebook, folder, params, a.timeout))
 
 def runs(a):
-    from kdocr.jobs.runs import index_text, read_runs, select, settings
+    from kdocr.jobs.runs import runs_text, read_runs, select, run_settings
     rows = select(read_runs(a.results), a.filter, a.sort, a.reverse)
-    if a.json: print(json.dumps([{'config': settings(r), **r} for r in rows], indent=2, ensure_ascii=False, default=str))
-    else: print(index_text(rows))
+    if a.json: print(json.dumps([{'config': run_settings(r), **r} for r in rows], indent=2, ensure_ascii=False, default=str))
+    else: print(runs_text(rows))
 
 # %% ../nbs/80_cli.ipynb #7117b38d
 _RUNS = (
@@ -148,7 +148,7 @@ _RUNS = (
         arg('--filter', action='append', default=[], metavar='KEY=VALUE', help='only these; KEY is a column or a setting, VALUE may hold * and ?; give it again for the next one'),
         arg('--sort', default='name', metavar='KEY', help='by a column or a setting (default: name)'), arg('--reverse', action='store_true', help='largest first'),
         arg('--json', action='store_true', help='all that is known of each, as JSON')],
-        epilog='States: finished, running, stopped (by a person, a scheduler, or between two starts), failed (the notebook), timeout, dead_kernel, dead_rank, no_space, '
+        epilog='States: finished, running, stopped (by a person, a scheduler, or between two starts), failed (the notebook), timeout, dead_kernel, rank_killed, no_space, '
                'dead (the runner was killed), new (nothing has run yet), damaged (a file that cannot be read, named in the last column).'),
 )
 
@@ -176,15 +176,15 @@ def _compared(runs, out, control):
 # %% ../nbs/80_cli.ipynb #f3da2735
 def sweep(a):
     from kdocr.jobs.queue import finished
-    from kdocr.jobs.sweep import faults, load_sweep, sweep
+    from kdocr.jobs.sweep import failures, load_sweep, sweep
     plan = load_sweep(a.file)
     if a.list: return print(*(f'{j.name}{f" (after {j.needs})" if j.needs else ""}: ' + ', '.join([f'{j.steps} steps'] * j.trains + ['finished'] * finished(plan.out/j.name, j.trains)) for j in plan.jobs), sep='\n')
     ask = {k: v for k in ('time', 'mem', 'partition', 'gpus') if (v := getattr(a, k)) is not None}
     if ask and a.cluster == 'local': raise KdocrError(f'--{next(iter(ask))}: a local sweep asks for nothing; give --cluster slurm with it')
     rows = sweep(plan, a.cores, a.retries, a.cluster, **ask)
     _concluded(plan, rows)
-    for line in faults(rows): print(f'kdocr: {line}', file=sys.stderr)
-    return 1 if faults(rows) else 0
+    for line in failures(rows): print(f'kdocr: {line}', file=sys.stderr)
+    return 1 if failures(rows) else 0
 
 def _concluded(plan, rows): # table and figure
     from kdocr.analysis.sweep_results import plot_results, results, results_text
@@ -196,7 +196,7 @@ def _concluded(plan, rows): # table and figure
     use_style()
     table = results(plan, rows)
     table.to_csv(plan.out/'sweep.csv', index=False)
-    print(results_text(table), '', plan.out/'sweep.csv', *([save_figure(plot_results(table).figure, plan.out, 'sweep')] if 'rr' in table else []), sep='\n')
+    print(results_text(table), '', plan.out/'sweep.csv', *([save_figure(plot_results(table).figure, plan.out, 'sweep')] if 'exact_match' in table else []), sep='\n')
 
 # %% ../nbs/80_cli.ipynb #986e623b
 _EXPERIMENTS = (
@@ -238,17 +238,17 @@ def submit(a):
 
 def check_submission(a):
     from kdocr.reader.submit import check_submission
-    faults = check_submission(a.zip, a.folder)
-    print(*(faults or [f'{a.zip}: every track once, every text a plate, every confidence a number from 0 to 1']), sep='\n')
-    return 1 if faults else 0
+    failures = check_submission(a.zip, a.folder)
+    print(*(failures or [f'{a.zip}: every track once, every text a plate, every confidence a number from 0 to 1']), sep='\n')
+    return 1 if failures else 0
 
 def export(a):
     from kdocr.reader.export import export
     export(a.ckpt, a.out, a.half, a.data)
 
 def card(a):
-    from kdocr.reader.model_card import write_card
-    print(write_card(a.run, a.out, dict(a.also)))
+    from kdocr.reader.model_card import write_model_card
+    print(write_model_card(a.run, a.out, dict(a.also)))
 
 # %% ../nbs/80_cli.ipynb #47f9ee7a
 _LEAVING = (

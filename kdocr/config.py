@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OptionalPath', 'OptionalCount', 'Tap', 'CONFIGS', 'RunSettings', 'DataSettings', 'ViewSettings', 'StepSettings',
-           'Config', 'make_config', 'config_path', 'read_yaml', 'load_config', 'uses_teacher', 'differing', 'plain',
+           'Config', 'make_config', 'config_path', 'read_yaml', 'load_config', 'uses_teacher', 'differences', 'as_dict',
            'save_config']
 
 # %% ../nbs/03_config.ipynb #0002
@@ -62,16 +62,16 @@ class DataSettings(RunSettings):
     "Embedded plates: tracks to train on."
     synth_test: int = Field(300, ge=0)
     "Embedded plates: held-out tracks with unseen texts."
-    val_share: float = Field(0.1, gt=0, lt=1)
+    val_frac: float = Field(0.1, gt=0, lt=1)
     "Share of the plate texts that validate; no text is on both sides."
-    label_share: float = Field(1.0, gt=0, le=1)
+    label_frac: float = Field(1.0, gt=0, le=1)
     "Share of the training plates whose texts may be used; the tracks of the others count as unlabelled. A smaller share is part of a larger one."
     packs: OptionalPath = None
     "Folder of the decoded pictures, as `kdocr pack` fills it, one folder a data set; none: .kdocr in the data folder (in pairs.kdocr for pairs.csv), or in OUT where that is read-only."
     skip_faulty: bool = False
     "Leave damaged tracks out instead of refusing the folder."
-    keep: Literal['auto', 'device', 'mapped'] = 'auto'
-    "Where the packed pictures live: auto: in a GPU's memory where they fit, in mapped files otherwise; device: in memory, or refuse; mapped: always in files."
+    data_on: Literal['auto', 'device', 'disk'] = 'auto'
+    "Where the packed pictures live: auto: in a GPU's memory where they fit, in mapped files otherwise; device: in memory, or refuse; disk: always in mapped files."
 
     height: int = Field(32, ge=16, multiple_of=16)
     "Input height in pixels."
@@ -89,9 +89,9 @@ class ViewSettings(DataSettings):
     "Pictures and their augmentation."
     student_input: Literal['lr', 'degraded', 'mix'] = 'lr'
     "What the student sees: real LR frames, degraded HR frames, or a mix."
-    degraded_share: float = Field(0.5, ge=0, le=1)
+    degraded_frac: float = Field(0.5, ge=0, le=1)
     "Share of degraded HR in the mix."
-    views: int = Field(1, ge=1, le=16)
+    n_degraded: int = Field(1, ge=1, le=16)
     "Degraded copies drawn of each HR frame."
     clean_hr_guided: bool = True
     "The teacher sees the clean HR partner; false: it sees the student's own view."
@@ -100,15 +100,15 @@ class ViewSettings(DataSettings):
     eval_frames: int = Field(5, ge=1, le=5)
     "Frames of a track that are read in validation and test by a model of single frames: the sum of their log-probabilities decides."
 
-    augment: float = Field(1.0, ge=0, le=3)
+    aug_strength: float = Field(1.0, ge=0, le=3)
     "Strength of geometry and light in training; 0: none."
-    geometry_views: int = Field(0, ge=0, le=64)
+    n_fixed_augs: int = Field(0, ge=0, le=64)
     "Fixed geometric maps of each training track, one of which a step shows; 0: a new one every step. Fixed ones let the teacher's taps be cached."
-    recombine: float = Field(0.0, ge=0, le=1)
+    recombine_p: float = Field(0.0, ge=0, le=1)
     "Share of training pictures that join the letters of one plate to the rest of another: for data with few texts."
-    shrink: float = Field(0.0, ge=0, le=1)
+    lowres_aug_p: float = Field(0.0, ge=0, le=1)
     "Share of training pictures that are blurred, shrunk to a random height and brought up again: for a reader of any height."
-    hr_share: float = Field(0.0, ge=0, le=1)
+    hr_mix_p: float = Field(0.0, ge=0, le=1)
     "Share of the student's training pictures that are HR frames: for a reader of any height."
 
 # %% ../nbs/03_config.ipynb #0011
@@ -149,7 +149,7 @@ class Config(StepSettings):
     teacher_precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto'
     "Arithmetic of the frozen teacher; auto: bf16 where the device multiplies in it, fp32 elsewhere."
     teacher_cache: Literal['auto', 'on', 'off'] = 'auto'
-    "Compute the teacher's taps once and keep them beside the packs. auto: where its view of a track is fixed (no augmentation, or geometry_views); on: refuse where it is not."
+    "Compute the teacher's taps once and keep them beside the packs. auto: where its view of a track is fixed (no augmentation, or n_fixed_augs); on: refuse where it is not."
     student_init: str = 'random'
     "Where the student starts: random, teacher, or a checkpoint's path."
     distill_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
@@ -158,19 +158,19 @@ class Config(StepSettings):
     "Where the student is compared with its teacher."
     distill_terms: Annotated[tuple[str, ...], BeforeValidator(_words)] = ('mse',)
     "How it is compared: `[TAP:]NAME[(OPTION=VALUE,...)][*WEIGHT][@SCHEDULE]`, as in `logits:kl(temperature=2)*0.5@warmup(0.2)`; without a tap, at each of distill_taps."
-    balance: float = Field(0.0, ge=0, allow_inf_nan=False)
-    "Keep each term's gradient at the backbone at this multiple of CTC's, measured every probe_every steps; 0: the weights as they are."
-    probe_every: int = Field(50, ge=0)
+    grad_balance: float = Field(0.0, ge=0, allow_inf_nan=False)
+    "Keep each term's gradient at the backbone at this multiple of CTC's, measured every grad_log_every steps; 0: the weights as they are."
+    grad_log_every: int = Field(50, ge=0)
     "Steps between two measurements of each term's gradient at the backbone; 0: never."
-    mutual: float = Field(0.0, ge=0, allow_inf_nan=False)
+    mutual_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     "The teacher trains too, on its own CTC and this much KL towards the student; 0: it is frozen."
 
-    unlabelled: Literal['drop', 'distill', 'read'] = 'drop'
+    unlabelled: Literal['drop', 'distill', 'pseudo_label'] = 'drop'
     "Training tracks without a label. drop: leave them out; distill: compare with the teacher there, without CTC; read: what the teacher reads in their HR frames is their label, where it is sure."
-    read_confidence: float = Field(0.9, ge=0, le=1)
+    pseudo_label_conf: float = Field(0.9, ge=0, le=1)
     "How sure: the teacher's probability of the whole text."
-    seen_plates: Literal['refuse', 'accept'] = 'refuse'
-    "A teacher or a start that was trained on plates which validate or test here: refuse it, or accept scores that flatter."
+    allow_leak: bool = False
+    "Accept a teacher or initial checkpoint that was trained on plates that validate or test here; its scores flatter."
 
     @property
     def distills(self) -> bool:
@@ -180,14 +180,14 @@ class Config(StepSettings):
     @model_validator(mode='after')
     def _guided(self):
         if self.mode == 'teacher': return self
-        needs = {'distill_weight > 0': self.distills, "student_init 'teacher'": self.student_init == 'teacher', 'unlabelled: read': self.unlabelled == 'read'}
+        needs = {'distill_weight > 0': self.distills, "student_init 'teacher'": self.student_init == 'teacher', 'unlabelled: pseudo_label': self.unlabelled == 'pseudo_label'}
         for what, asked in needs.items():
             if asked and self.teacher_checkpoint is None: raise ValueError(f'teacher_checkpoint: student mode with {what} needs a teacher')
         if not self.distills:
-            for what, asked in {'unlabelled: distill': self.unlabelled == 'distill', 'mutual': self.mutual, 'balance': self.balance}.items():
+            for what, asked in {'unlabelled: distill': self.unlabelled == 'distill', 'mutual_weight': self.mutual_weight, 'grad_balance': self.grad_balance}.items():
                 if asked: raise ValueError(f'{what}: nothing is distilled (distill_weight, distill_terms)')
-        if self.balance and not self.probe_every: raise ValueError('balance: it needs the gradients that probe_every: 0 never measures')
-        if self.mutual and self.teacher_cache == 'on': raise ValueError('teacher_cache: on, but a teacher that trains (mutual) says something new at every step')
+        if self.grad_balance and not self.grad_log_every: raise ValueError('grad_balance: it needs the gradients that grad_log_every: 0 never measures')
+        if self.mutual_weight and self.teacher_cache == 'on': raise ValueError('teacher_cache: on, but a teacher that trains (mutual_weight) says something new at every step')
         return self
 
 # %% ../nbs/03_config.ipynb #0017
@@ -242,16 +242,16 @@ def uses_teacher(cfg:Config) -> bool:
     "Return whether a teacher takes part in the training itself, beyond the initial weights."
     return cfg.distills or cfg.mode == 'student' and cfg.unlabelled != 'drop'
 
-def differing(a:dict, b:dict) -> list[str]:
+def differences(a:dict, b:dict) -> list[str]:
     "Return one phrase per setting that differs, such as `lr is 0.001 and 0.003`."
     return [f'{k} is {a.get(k)!r} and {b.get(k)!r}' for k in {**a, **b} if a.get(k) != b.get(k)]
 
 # %% ../nbs/03_config.ipynb #001e
-def plain(cfg:Config) -> dict:
+def as_dict(cfg:Config) -> dict:
     "The fields as plain values: what YAML, JSON and a checkpoint may hold."
     return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in cfg}
 
 def save_config(cfg:Config, path:str|Path) -> Path:
     "Every field as YAML, atomically."
-    with atomic_write(path) as tmp: tmp.write_text(yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True), encoding='utf-8')
+    with atomic_write(path) as tmp: tmp.write_text(yaml.safe_dump(as_dict(cfg), sort_keys=False, allow_unicode=True), encoding='utf-8')
     return Path(path)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'log_softmax', 'log_prob', 'greedy', 'beam', 'patterns', 'Grammar', 'grammar', 'constrained', 'decode',
-           'log_mass', 'Reading', 'weigh', 'sum_frames', 'vote', 'averaged', 'nll', 'fit_temperature']
+           'log_mass', 'PlateReading', 'reading_of', 'sum_frames', 'vote_frames', 'average_views', 'nll',
+           'fit_temperature']
 
 # %% ../nbs/05_decoding.ipynb #0002
 import re
@@ -146,10 +147,10 @@ def _place(part, pattern, charset) -> np.ndarray: # (c,) bool
     if not may.any(): raise KdocrError(f'pattern {pattern!r}: nothing in the charset {charset.chars!r} is {what}')
     return may
 
-def patterns(layout:str # a name in `LAYOUTS`, 'either', or patterns with | between them
+def patterns(layout:str # a name in `LAYOUTS`, 'nonblank_any', or patterns with | between them
             ) -> list[str]:
     "The patterns that a layout stands for."
-    if layout == 'either': return list(LAYOUTS.values())
+    if layout == 'nonblank_any': return list(LAYOUTS.values())
     names = {k.lower(): v for k, v in LAYOUTS.items()}
     return [names.get(x.lower(), x) for x in layout.split('|')]
 
@@ -248,7 +249,7 @@ def _search(log_probs, g, nodes=inf) -> list[tuple]: # classes of the most proba
 # %% ../nbs/05_decoding.ipynb #001e
 def constrained(log_probs:np.ndarray, # (b,t,c)
                 charset:Charset,
-                layout:str='either',
+                layout:str='nonblank_any',
                 nodes:float=1000      # of the search for a plate; inf: until it is proven
                ) -> list[str]:
     "The most probable text of those that fit. Raises `KdocrError` where none can be said."
@@ -264,7 +265,7 @@ DECODERS = ('greedy', 'beam', 'constrained')
 
 def decode(log_probs:np.ndarray, charset:Charset,
            decoder:str='constrained', # a name in `DECODERS`
-           layout:str='either'        # of `constrained`
+           layout:str='nonblank_any'        # of `constrained`
           ) -> list[str]:
     "The texts, by the decoder's name."
     if decoder not in DECODERS: raise KdocrError(f'decoder {decoder!r}{nearest(decoder, DECODERS)}')
@@ -291,7 +292,7 @@ def log_mass(log_probs:np.ndarray, # (b,t,c)
     return out
 
 # %% ../nbs/05_decoding.ipynb #0024
-class Reading(NamedTuple):
+class PlateReading(NamedTuple):
     "A text and how sure it is."
     text:str
     confidence:float             # probability of the text; where a layout is given, among the texts that fit it
@@ -308,11 +309,11 @@ def _may_stand(texts, charset, g) -> np.ndarray: # (b,n,c) bool: whether the tex
         q = step[q, ids[:, k]]
     return may
 
-def weigh(log_probs:np.ndarray, # (b,t,c)
+def reading_of(log_probs:np.ndarray, # (b,t,c)
           texts:list[str],      # b of them, read by whatever decoder
           charset:Charset,
           layout:str=''         # what they must fit; '': anything may be said
-         ) -> list[Reading]:
+         ) -> list[PlateReading]:
     "How sure each text is. A text that cannot be said, or does not fit, has 0."
     g, p = grammar(layout, charset) if layout else None, log_prob(log_probs, texts, charset)
     if g: p = np.where([charset.encode(x) in g for x in texts], p - log_mass(log_probs, g), -inf)
@@ -320,7 +321,7 @@ def weigh(log_probs:np.ndarray, # (b,t,c)
     if g: each = np.where(_may_stand(texts, charset, g), each, 0)
     ids, total = _padded(texts, charset), each.sum(-1)
     shares = np.divide(np.take_along_axis(each, ids[..., None], 2)[..., 0], total, out=np.zeros(ids.shape), where=total > 0)
-    return [Reading(x, min(1., float(v)), tuple(s[:len(x)].tolist())) for x, v, s in zip(texts, np.exp(p), shares)]
+    return [PlateReading(x, min(1., float(v)), tuple(s[:len(x)].tolist())) for x, v, s in zip(texts, np.exp(p), shares)]
 
 # %% ../nbs/05_decoding.ipynb #0027
 def sum_frames(log_probs:np.ndarray # (f,t,c) of the frames of one plate
@@ -328,7 +329,7 @@ def sum_frames(log_probs:np.ndarray # (f,t,c) of the frames of one plate
     "Their geometric mean at each step."
     return log_softmax(log_probs.mean(0))
 
-def vote(texts:list[str],         # one a frame
+def vote_frames(texts:list[str],         # one a frame
          confidence:list[float]   # of each
         ) -> str:
     "The text that most frames read; of those with as many, the one with the most confidence."
@@ -336,10 +337,10 @@ def vote(texts:list[str],         # one a frame
     for x, c in zip(texts, confidence): sure[x] += c
     return max(n, key=lambda x: (n[x], sure[x], x))
 
-def averaged(readings:list[Reading] # of one text, a frame each
-            ) -> Reading:
+def average_views(readings:list[PlateReading] # of one text, a frame each
+            ) -> PlateReading:
     "That text, with the mean of the frames' confidences."
-    return Reading(readings[0].text, float(np.mean([r.confidence for r in readings])), tuple(np.mean([r.char_confidence for r in readings], 0).tolist()))
+    return PlateReading(readings[0].text, float(np.mean([r.confidence for r in readings])), tuple(np.mean([r.char_confidence for r in readings], 0).tolist()))
 
 # %% ../nbs/05_decoding.ipynb #002a
 def nll(log_probs:np.ndarray, texts:list[str], charset:Charset, layout:str='', temperature:float=1.) -> float: # nats a text

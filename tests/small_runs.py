@@ -8,7 +8,7 @@ from kdocr.config import load_config
 from kdocr.core import read_json
 
 torch.set_num_threads(1)
-SMALL = dict(synth_tracks=40, synth_test=6, val_share=0.2, batch_size=8, steps=10, eval_every=4, checkpoint_every=3, log_every=5)
+SMALL = dict(synth_tracks=40, synth_test=6, val_frac=0.2, batch_size=8, steps=10, eval_every=4, checkpoint_every=3, log_every=5)
 
 
 @cache

@@ -33,7 +33,7 @@ for step in range(first, steps):
     if broken: 1 / 0
     if dies and not first: os._exit(9)
     time.sleep(pace)
-write_json(folder/'scores.json', dict(val=dict(n=10, rr=float(1 / (1 + abs(w[1:]).sum())), cer=float(w[0])), weights=w.tolist()))'''
+write_json(folder/'scores.json', dict(val=dict(n=10, exact_match=float(1 / (1 + abs(w[1:]).sum())), cer=float(w[0])), weights=w.tolist()))'''
 # The same command each time: the jobs in a file, `cores` at a time.
 COMMAND = '''
 import json, sys

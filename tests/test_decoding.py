@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from kdocr.charset import Charset, fits, min_steps
 from kdocr.core import KdocrError
-from kdocr.decoding import (DECODERS, beam, constrained, decode, fit_temperature, grammar, greedy, log_mass, log_prob, log_softmax, nll, sum_frames, vote, weigh)
+from kdocr.decoding import (DECODERS, beam, constrained, decode, fit_temperature, grammar, greedy, log_mass,
+                            log_prob, log_softmax, nll, sum_frames, vote_frames, reading_of)
 
 SMALL, CS = Charset('AB01'), Charset()
 TEXTS = [''.join(x) for n in range(6) for x in itertools.product(SMALL.chars, repeat=n) if min_steps(x) <= 5]
@@ -44,7 +45,7 @@ def test_constrained_finds_the_best_that_fits(layout, spread):
 def test_a_silent_network_is_left_in_time():
     "Blanks, and noise far below them: proof would take all texts; what comes out fits, and nothing that the bound allows is much better."
     x = 1e-3*np.random.default_rng(0).normal(size=(4, 16, 37)); x[..., 0] += 8
-    lp, g = log_softmax(x), grammar('either', CS)
+    lp, g = log_softmax(x), grammar('nonblank_any', CS)
     read = constrained(lp, CS, nodes=50)
     from kdocr.decoding import _ahead
     assert all(CS.encode(r) in g for r in read) and (_ahead(lp, g)[1] - log_prob(lp, read, CS) < .02).all()
@@ -59,7 +60,7 @@ def test_neighbours_alike_need_a_blank():
     assert log_prob(lp, ['AA'], SMALL) < log_prob(lp, ['A'], SMALL) - 5
 
 def test_grammar_knows_the_layouts():
-    g, rng = grammar('either', CS), np.random.default_rng(0)
+    g, rng = grammar('nonblank_any', CS), np.random.default_rng(0)
     texts = [''.join(rng.choice(list(CS.chars), n)) for n in (6, 7, 8) for _ in range(50)] + ['ABC1234', 'ABC1D23', 'ABCD123', 'ABC12D3']
     assert [CS.encode(x) in g for x in texts] == [fits(x, 'Brazilian') or fits(x, 'Mercosur') for x in texts]
     assert [CS.encode('ABC1D23') in grammar(x, CS) for x in ('Mercosur', 'mercosur', 'LLLDLDD', 'Brazilian')] == [True, True, True, False]
@@ -99,7 +100,7 @@ def test_confidences_are_shares_of_what_could_stand_there(layout):
     lp, g = lattice(6, 7, 5, 2), grammar(layout, SMALL) if layout else None
     texts = constrained(lp, SMALL, layout) if layout else ['A0B', 'AAB', '0', '', 'BB', '0000']
     fit = lambda x: g is None or SMALL.encode(x) in g
-    for i, r in enumerate(weigh(lp, texts, SMALL, layout)):
+    for i, r in enumerate(reading_of(lp, texts, SMALL, layout)):
         p = lambda x: float(np.exp(log_prob(lp[i:i + 1], [x], SMALL)[0])) if fit(x) else 0.
         assert r.confidence == pytest.approx(p(r.text)/(np.exp(log_mass(lp[i:i + 1], g)[0]) if g else 1), rel=1e-9)
         for k, share in enumerate(r.char_confidence):
@@ -107,27 +108,27 @@ def test_confidences_are_shares_of_what_could_stand_there(layout):
 
 def test_confidences_of_all_that_fits_sum_to_one():
     lp, fit = lattice(1, 5, 5, 1), [x for x in TEXTS if SMALL.encode(x) in grammar('LD|D?', SMALL)]
-    assert sum(weigh(lp, [x], SMALL, 'LD|D?')[0].confidence for x in fit) == pytest.approx(1)
-    assert weigh(lp, ['AA'], SMALL, 'LD')[0].confidence == 0
+    assert sum(reading_of(lp, [x], SMALL, 'LD|D?')[0].confidence for x in fit) == pytest.approx(1)
+    assert reading_of(lp, ['AA'], SMALL, 'LD')[0].confidence == 0
 
 @pytest.mark.parametrize('layout, said', [('AAA0000', "'A' is no place"), ('LLL-DDDD', "'-' is no place"), ('[ab', "no place"), ('', 'no places'), ('LLL|', 'no places'), ('Mercosul', "did you mean 'Mercosur'"), ('L[é]', 'nothing in the charset')])
 def test_a_wrong_pattern_is_named(layout, said):
     with pytest.raises(KdocrError, match=said.replace('[', r'\[')): grammar(layout, CS)
 
 def test_what_cannot_be_said_is_refused():
-    with pytest.raises(KdocrError, match="layout 'either': nothing that fits can be said in 6 time steps"): constrained(lattice(2, 6, 37, 1), CS)
+    with pytest.raises(KdocrError, match="layout 'nonblank_any': nothing that fits can be said in 6 time steps"): constrained(lattice(2, 6, 37, 1), CS)
     with pytest.raises(KdocrError, match='a digit'): grammar('LD', Charset('AB'))
     with pytest.raises(KdocrError, match='NaN'): log_softmax([[np.nan, 1.]])
     with pytest.raises(KdocrError, match="did you mean 'greedy'"): decode(lattice(1, 16, 37, 1), CS, 'greddy')
 
 def test_nothing_to_read_is_nothing_read():
     none = np.zeros((0, 16, 37))
-    assert [decode(none, CS, d) for d in DECODERS] == [[], [], []] and weigh(none, [], CS, 'either') == []
+    assert [decode(none, CS, d) for d in DECODERS] == [[], [], []] and reading_of(none, [], CS, 'nonblank_any') == []
 
 def test_frames_and_votes():
     lp = lattice(3, 5, 5, 2)
     np.testing.assert_allclose(sum_frames(lp), log_softmax(lp.sum(0)/3))
-    assert vote(['B', 'A', 'A'], [.9, .1, .1]) == 'A' and vote(['B', 'A'], [.1, .2]) == 'A' and vote(['A'], [0.]) == 'A'
+    assert vote_frames(['B', 'A', 'A'], [.9, .1, .1]) == 'A' and vote_frames(['B', 'A'], [.1, .2]) == 'A' and vote_frames(['A'], [0.]) == 'A'
 
 @pytest.mark.parametrize('layout', ['', 'L|LD'])
 def test_temperature_is_found(layout):

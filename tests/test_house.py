@@ -180,7 +180,8 @@ def without_lesson():
     for nb in LIBRARY:
         all_cells = cells(nb)
         for i, (kind, source) in enumerate(all_cells):
-            if kind != 'code' or not exports(source) or re.fullmatch(r'(\s*((from|import)\b.*|#.*|[ \w,]+\))?\n?)*', source): continue
+            if kind != 'code' or not exports(source): continue
+            if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body): continue
             follows = [x for x in all_cells[i + 1:] if x[0] == 'code' or re.match(r'#+ ', x[1].strip())]
             if not follows or follows[0][0] != 'code' or exports(follows[0][1]): missing.append(f'{nb.relative_to(ROOT)}, cell {i}')
     return missing
@@ -201,10 +202,10 @@ def config_fields():
 
 AT_MOST = { # what is measured -> (how many at most, what is counted)
     'tokens': (139_700, lambda: sum(tokens().values())),
-    'non-blank lines': (10_250, lambda: sum(bool(l.strip()) for p in FILES for l in p.read_text().splitlines())),
-    'lines over 120 characters': (1470, long_lines),
-    'public names': (770, public_names),
-    'public names in two modules': (45, lambda: [f'{n}: {", ".join(ps)}' for n, ps in public_names().items() if len(ps) > 1]),
+    'non-blank lines': (10_300, lambda: sum(bool(l.strip()) for p in FILES for l in p.read_text().splitlines())),
+    'lines over 120 characters': (1490, long_lines),
+    'public names': (805, public_names),
+    'public names in two modules': (18, lambda: [f'{n}: {", ".join(ps)}' for n, ps in public_names().items() if len(ps) > 1]),
     'modules at the root': (8, lambda: [p.name for p in LIB.glob('*.py') if p.name != '_modidx.py']),
     'exports without a lesson': (138, without_lesson),
     'config fields': (58, config_fields),

@@ -34,7 +34,7 @@ from ..charset import Charset
 from ..config import Config, make_config
 from ..metrics import read_predictions, write_predictions, pct
 from ..data.augment import apply_light, draw_geometry, draw_light, warp
-from ..data.icpr import FRAMES, Track, index, read_image
+from ..data.icpr import FRAMES, Track, index_data, read_image
 from ..data.synth import synth
 from ..data.pack import fit, pack
 from ..data.batches import Data, open_data
@@ -132,14 +132,14 @@ def _serve(): # the life of that process
     print(json.dumps(said))
 
 # %% ../../nbs/analysis/67_bench.ipynb #0013
-CACHED = dict(teacher_cache='on', geometry_views=4) # what makes a teacher's taps cached
+CACHED = dict(teacher_cache='on', n_fixed_augs=4) # what makes a teacher's taps cached
 
 def arms(place:Path,     # the bench's folder, with `plates` in it
          **fields        # of the config, for all arms
         ) -> dict[str, Config]:
     "The trainings that are compared, by name."
     place = Path(place)
-    common = dict(dict(mode='student', name='bench', out=place/'runs', data=place/'plates', val_share=.4, augment=1., steps=1_000_000), **fields)
+    common = dict(dict(mode='student', name='bench', out=place/'runs', data=place/'plates', val_frac=.4, aug_strength=1., steps=1_000_000), **fields)
     model = common.setdefault('student_model_type', 'restran_tiny')
     teacher = dict(model_type=model, teacher_checkpoint=place/'runs'/f'{model}_{common.get("frames", 1)}.pth')
     made = {'CTC': dict(distill_weight=0., clean_hr_guided=False), 'live teacher': dict(teacher, teacher_cache='off'), 'cached teacher': dict(teacher, **CACHED)}
@@ -168,12 +168,12 @@ class FilePairs(Dataset):
     def __len__(self): return len(self.texts)
 
     def __getitem__(self, i:int) -> dict: # images (f,3,H,W) in [-1,1], texts, and clean_hr where there are pairs
-        f, augment, g = self.cfg.frames, self.cfg.augment if self.train else 0, torch.default_generator # a worker has its own seed
+        f, aug_strength, g = self.cfg.frames, self.cfg.aug_strength if self.train else 0, torch.default_generator # a worker has its own seed
         at = torch.randperm(FRAMES, generator=g)[:f].tolist() if self.train else range(f)
         x = torch.from_numpy(np.stack([fit(read_image(paths[k]), self.cfg.height, self.cfg.width) for paths in self.paths[i] for k in at]))
-        if augment: x = warp(draw_geometry(1, augment, g), x[None])[0][0]         # LR and HR as frames: one map for both
+        if aug_strength: x = warp(draw_geometry(1, aug_strength, g), x[None])[0][0]         # LR and HR as frames: one map for both
         x = list((x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1).split(f)) # as torchvision's ToTensor: planes
-        if augment: x[0] = apply_light(x[0][None], *draw_light(1, augment, g))[0]
+        if aug_strength: x[0] = apply_light(x[0][None], *draw_light(1, aug_strength, g))[0]
         return dict(zip(('images', 'clean_hr'), x), texts=self.texts[i])
 
 # %% ../../nbs/analysis/67_bench.ipynb #0019
@@ -189,7 +189,7 @@ class FileLoader(DataLoader):
 
 def files_of(cfg:Config, data:Data, **kw) -> FilePairs:
     "The files of the tracks that `data` trains on."
-    tracks = {t.key: t for t in index(data.root).train}
+    tracks = {t.key: t for t in index_data(data.root).train}
     return FilePairs([tracks[k] for k in data.train.keys], cfg, **kw)
 
 # %% ../../nbs/analysis/67_bench.ipynb #001c
@@ -269,7 +269,7 @@ def packing(place:Path, rounds:int,
             workers:Sequence[int], # processes of each arm
            ) -> list[dict]:
     "Pictures that are decoded and stored in a second."
-    tracks = index(Path(place)/'plates').train
+    tracks = index_data(Path(place)/'plates').train
     n = len(tracks) * 2 * FRAMES
     def go(w):
         with tempfile.TemporaryDirectory(dir=place, prefix='.bench-') as cache:
@@ -338,7 +338,7 @@ def multiply(folder:Path, # whose training tracks are taken, over and over
              n:int) -> Path: # `out`
     "A folder of `n` training tracks made of hard links. Raises `KdocrError` where it cannot link."
     root, out = Path(folder).resolve(), Path(out)
-    tracks = index(root).train
+    tracks = index_data(root).train
     if not tracks: raise KdocrError(f'{folder}: no training tracks to multiply')
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.multiply-') as tmp:
         try:
@@ -355,7 +355,7 @@ def multiply(folder:Path, # whose training tracks are taken, over and over
 def epoch(place:Path, folder:Path, batch_size:int=64, device:str='auto') -> dict[str, float]:
     "Seconds to open `folder`, seconds of an epoch of batches and of one of training, MB of anonymous memory before all and after the batches."
     before = memory()['anonymous']
-    cfg = arms(place, data=folder, val_share=.1, batch_size=batch_size, device=device)['CTC']
+    cfg = arms(place, data=folder, val_frac=.1, batch_size=batch_size, device=device)['CTC']
     start = time.perf_counter()
     data = open_data(cfg)
     opened = time.perf_counter() - start
@@ -634,12 +634,12 @@ class Trial(NamedTuple):
 
 FAST = {'fast': {}, 'fast, cached teacher': CACHED} # what `train_kd` is told beyond its defaults
 STYLES = ('reference style', *FAST)
-LEARNING = dict(batch_size=32, val_share=.2, augment=.5, lr=5e-3)
+LEARNING = dict(batch_size=32, val_frac=.2, aug_strength=.5, lr=5e-3)
 
 def trial_config(place:Path, t:Trial, mode:str, seed:int=0, device:str='auto', style:str='fast') -> Config:
     "The teacher, or the student of a style and a seed."
     common = dict(LEARNING, mode=mode, device=device, out=Path(place)/'accuracy', data=Path(place)/'accuracy'/'plates')
-    if mode == 'teacher': return make_config(dict(common, name='teacher', steps=t.teacher_steps, eval_every=t.teacher_steps, recombine=.3))
+    if mode == 'teacher': return make_config(dict(common, name='teacher', steps=t.teacher_steps, eval_every=t.teacher_steps, recombine_p=.3))
     name = f'{style.replace(", ", "_").replace(" ", "_")}_{seed}'
     return make_config(dict(common, name=name, seed=seed, steps=t.steps, eval_every=t.steps, teacher_checkpoint=common['out']/'teacher_best.pth', **FAST.get(style, {})))
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'DISTILLATION', 'ENOUGH', 'DRAWS', 'DRAW_SEED', 'GAIN', 'ONE_SEED', 'METHOD', 'MANY', 'CHOSEN', 'Run',
-           'read_values', 'read_run', 'finished_runs', 'places', 'data_of', 'find_runs', 'runs_to_read', 'read_log',
-           'arm', 'tell_apart', 'labels', 'aligned', 'paired', 'Interval', 'bootstrap_difference', 't_interval',
-           'mcnemar', 'Arm', 'method', 'comparable', 'group_arms', 'arms_table', 'check_control', 'control_arm',
-           'control_of', 'judge', 'gain', 'comparisons', 'gain_said', 'no_control_said', 'best_said', 'warnings_said',
-           'teachers_said', 'verdict', 'compare_table', 'compare_text', 'comparison', 'compare_runs', 'alignment_table',
-           'term_shares']
+           'read_values', 'read_run', 'finished_runs', 'data_places', 'data_of', 'find_runs', 'runs_to_read',
+           'read_log', 'arm_name', 'disambiguate', 'run_labels', 'aligned', 'paired', 'Interval',
+           'bootstrap_difference', 't_interval', 'mcnemar', 'Arm', 'settings_key', 'largest_comparable_set',
+           'group_arms', 'arms_table', 'check_control', 'control_arm', 'control_of', 'judge', 'gain', 'comparisons',
+           'format_gain', 'explain_no_control', 'format_best', 'caveats', 'format_teachers', 'verdict', 'compare_table',
+           'compare_text', 'comparison', 'compare_runs', 'alignment_table', 'term_shares']
 
 # %% ../../nbs/analysis/60_compare.ipynb #cmp001
 from collections import Counter
@@ -22,9 +22,9 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest, t as student_t
 from ..core import KdocrError, nearest, np_rng, read_json
-from ..config import Config, RunSettings, ViewSettings, differing, load_config, uses_teacher
-from ..metrics import Prediction, cer, confidence_gap, recognition_rate, pct, wilson
-from ..data.icpr import index
+from ..config import Config, RunSettings, ViewSettings, differences, load_config, uses_teacher
+from ..metrics import Prediction, cer, confidence_gap, exact_match, pct, wilson
+from ..data.icpr import index_data
 from ..data.batches import open_data
 from ..distill.losses import align_steps
 from ..distill.similarity import linear_cka
@@ -73,7 +73,7 @@ def finished_runs(folder:str|Path # a results folder
     return sorted(p.parent for p in Path(folder).glob('*/scores.json') if (p.parent/'config.yaml').is_file())
 
 # %% ../../nbs/analysis/60_compare.ipynb #04fd4264
-def places(run:Path, cfg:Config, # its folder and settings
+def data_places(run:Path, cfg:Config, # its folder and settings
            named:Path            # a path in them
           ) -> list[Path]:       # the likeliest first, all of them absolute
     "Where a file or folder that a run names may lie by now."
@@ -84,11 +84,11 @@ def places(run:Path, cfg:Config, # its folder and settings
 def data_of(run:Path, cfg:Config) -> Path: # of a run's folder and settings
     "Where a run's data are: of several places the one with its fingerprint. Raises `KdocrError` naming those where they are not."
     kept = read_values(RunFolder(run).env) if RunFolder(run).env.is_file() else {}
-    asked = list(dict.fromkeys([*([Path(kept['data'])] if kept.get('data') else []), *places(run, cfg, cfg.data or cfg.out/'embedded')]))
+    asked = list(dict.fromkeys([*([Path(kept['data'])] if kept.get('data') else []), *data_places(run, cfg, cfg.data or cfg.out/'embedded')]))
     there = [p for p in asked if p.exists()]
     if not there: raise KdocrError(f'{run}: its data are gone, there is no folder {" nor ".join(map(str, asked))}')
     def its(p):
-        try: return index(p).fingerprint == kept.get('data_fingerprint')
+        try: return index_data(p).fingerprint == kept.get('data_fingerprint')
         except KdocrError: return False # a folder of something else
     return there[0] if len(there) == 1 else next(filter(its, there), there[0])
 
@@ -121,14 +121,14 @@ def read_log(path:str|Path # a run folder
     return pd.DataFrame(RunFolder(Path(path)).log.rows())
 
 # %% ../../nbs/analysis/60_compare.ipynb #cmp009
-def arm(cfg:Config) -> str:
+def arm_name(cfg:Config) -> str:
     "The arm in plain words."
     if cfg.arm: return cfg.arm
     if cfg.mode == 'teacher': return 'HR teacher'
     start = {'random': 'random init', 'teacher': "teacher's weights"}.get(cfg.student_init, f'from {Path(cfg.student_init).name}')
     return f"{start}, {'distilled' if uses_teacher(cfg) else 'control'}"
 
-def tell_apart(names:list[str], settings:list[dict] # one of each for every run or arm, the same keys in all
+def disambiguate(names:list[str], settings:list[dict] # one of each for every run or arm, the same keys in all
               ) -> list[str]:
     "The names, where two are equal with the settings in which these two differ."
     def more(name, mine):
@@ -136,9 +136,9 @@ def tell_apart(names:list[str], settings:list[dict] # one of each for every run 
         return ''.join(f', {k} {"+".join(map(str, v)) if isinstance(v, list) else v}' for k, v in mine.items() if any(s[k] != v for s in same))
     return [n + more(n, s) for n, s in zip(names, settings)]
 
-def labels(cfgs:list[Config]) -> list[str]:
+def run_labels(cfgs:list[Config]) -> list[str]:
     "A name for each run, and only as much of it as tells the runs apart."
-    return tell_apart([arm(c) for c in cfgs], [identity(c) for c in cfgs])
+    return disambiguate([arm_name(c) for c in cfgs], [identity(c) for c in cfgs])
 
 # %% ../../nbs/analysis/60_compare.ipynb #cmp012
 def aligned(readings:list[list[Prediction]] # of each run, in any order
@@ -205,15 +205,15 @@ class Arm(NamedTuple):
     runs: list[Run]
     cfg  = property(lambda self: self.runs[0].cfg, doc='The settings that all of them share, but for seed and name.')
     seeds = property(lambda self: [r.cfg.seed for r in self.runs])
-    exact = property(lambda self: [recognition_rate(r.preds) for r in self.runs], doc="Each seed's share of right readings.")
+    exact = property(lambda self: [exact_match(r.preds) for r in self.runs], doc="Each seed's share of right readings.")
 
-def method(run:Run) -> dict:
+def settings_key(run:Run) -> dict:
     "All that decides what a run computes, but for its seed."
     taught = uses_teacher(run.cfg) or run.cfg.student_init == 'teacher'
     return {**{k: v for k, v in identity(run.cfg).items() if k != 'seed'}, 'teacher_hash': run.facts.get('teacher_hash') if taught else None, 'steps taken': run.facts.get('steps')}
 
 # %% ../../nbs/analysis/60_compare.ipynb #bbbc1a4c
-def comparable(runs:list[Run]) -> tuple[list[Run], list[str]]: # a line for each that is left out
+def largest_comparable_set(runs:list[Run]) -> tuple[list[Run], list[str]]: # a line for each that is left out
     "The runs on the data and the split that most of them have; of the students those that read the tracks that most of these read."
     def most(runs, of, what):
         usual = Counter(map(of, runs)).most_common(1)[0][0] if runs else None
@@ -236,7 +236,7 @@ def group_arms(runs:list[Run]) -> list[Arm]: # in the order of their first runs
     groups, seen, students = {}, {}, [r for r in runs if r.cfg.mode == 'student']
     for r in runs:
         if r.path.resolve() in seen: raise KdocrError(f'{r.path}: given twice')
-        seen[r.path.resolve()] = groups.setdefault((r.cfg.mode, r.cfg.arm, repr(method(r))), [])
+        seen[r.path.resolve()] = groups.setdefault((r.cfg.mode, r.cfg.arm, repr(settings_key(r))), [])
         seen[r.path.resolve()].append(r)
     for r in students[1:]: _same_plates(students[0], r)
     for g in groups.values():
@@ -246,8 +246,8 @@ def group_arms(runs:list[Run]) -> list[Arm]: # in the order of their first runs
     firsts = [g[0] for g in groups.values()]
     for i, b in enumerate(firsts):
         for a in firsts[:i]:
-            if b.cfg.arm and b.cfg.arm == a.cfg.arm and b.cfg.mode == a.cfg.mode: _refuse(a, b, f'both are called arm {b.cfg.arm!r}, but {"; ".join(differing(method(a), method(b)))}')
-    return [Arm(n, g) for n, g in zip(tell_apart([arm(r.cfg) for r in firsts], [method(r) for r in firsts]), groups.values())]
+            if b.cfg.arm and b.cfg.arm == a.cfg.arm and b.cfg.mode == a.cfg.mode: _refuse(a, b, f'both are called arm {b.cfg.arm!r}, but {"; ".join(differences(settings_key(a), settings_key(b)))}')
+    return [Arm(n, g) for n, g in zip(disambiguate([arm_name(r.cfg) for r in firsts], [settings_key(r) for r in firsts]), groups.values())]
 
 # %% ../../nbs/analysis/60_compare.ipynb #cmp029
 def _mean(xs): return None if None in xs else float(np.mean(xs))
@@ -269,17 +269,17 @@ def arms_table(runs:list[Run]) -> pd.DataFrame:
     return pd.DataFrame([row for a in group_arms(runs) for row in rows(a)])
 
 # %% ../../nbs/analysis/60_compare.ipynb #cmp032
-DISTILLATION = ('distill_weight', 'distill_taps', 'distill_terms', 'balance', 'probe_every', 'mutual', 'clean_hr_guided', 'model_type', 'teacher_cache', 'teacher_precision',
-                'unlabelled', 'read_confidence')
+DISTILLATION = ('distill_weight', 'distill_taps', 'distill_terms', 'grad_balance', 'grad_log_every', 'mutual_weight', 'clean_hr_guided', 'model_type', 'teacher_cache', 'teacher_precision',
+                'unlabelled', 'pseudo_label_conf')
 
 def _shared(run): # what a control has in common with the arms that it is the control of
     drop = DISTILLATION if run.cfg.student_init == 'teacher' else (*DISTILLATION, 'teacher_hash')
-    return {k: v for k, v in method(run).items() if k not in drop}
+    return {k: v for k, v in settings_key(run).items() if k not in drop}
 
 def check_control(a:Arm, c:Arm # said to be the control of `a`
                  ) -> None:
     "Raises `KdocrError` naming the settings that make `c` no control of `a`."
-    faults = differing(_shared(c.runs[0]), _shared(a.runs[0]))
+    faults = differences(_shared(c.runs[0]), _shared(a.runs[0]))
     if uses_teacher(c.cfg): faults = [f'a teacher teaches it (distill_weight {c.cfg.distill_weight:g}, unlabelled {c.cfg.unlabelled})', *faults]
     if faults: raise KdocrError(f'arm {a.name!r}: {c.name!r} is not a control: {"; ".join(faults)}')
 
@@ -347,7 +347,7 @@ CHOSEN = 'No held-out test part: these are the validation tracks, which also cho
 
 def _span(lo, hi): return f'{100 * lo:+.1f} to {100 * hi:+.1f}'
 
-def gain_said(c) -> str: # a row of `comparisons`
+def format_gain(c) -> str: # a row of `comparisons`
     "One sentence on a gain."
     s = len(c.seeds)
     if s == 1: return (f'{c.arm} against {c.control}: not enough seeds to say (1 of {ENOUGH}); these weights read {100 * c.mean:+.1f} points (paired 95 % interval over plates {_span(c.lo, c.hi)}; '
@@ -355,13 +355,13 @@ def gain_said(c) -> str: # a row of `comparisons`
     what = f'against {c.control}: not enough seeds to say ({s} of {ENOUGH})' if s < ENOUGH else f'{c.judged} than its control {c.control}' if c.judged != 'no certain difference' else f'{c.judged} to its control {c.control}'
     return f'{c.arm}{" " if s < ENOUGH else ": "}{what}, {100 * c.mean:+.1f} points over {s} seeds (paired 95 % interval: bootstrap {_span(c.lo, c.hi)}, t {_span(c.t_lo, c.t_hi)}).'
 
-def no_control_said(a:Arm, why:str) -> str:
+def explain_no_control(a:Arm, why:str) -> str:
     "Why an arm has no gain, and how to give it one."
     return (f'{a.name}: no control, so no gain ({why}). One is trained, for each seed, by: train_kd --config {quote(str(a.runs[0].path/"config.yaml"))} '
             f"--distill_weight 0 --unlabelled drop --arm {quote(a.cfg.control or f'control of {a.name}')} --name NEW --seed SEED")
 
 # %% ../../nbs/analysis/60_compare.ipynb #cmp041
-def best_said(table:pd.DataFrame # rows of students
+def format_best(table:pd.DataFrame # rows of students
              ) -> str:
     "Who read most, in one sentence."
     best, several = table[table.exact == table.exact.max()], table.seeds.max() > 1
@@ -370,16 +370,16 @@ def best_said(table:pd.DataFrame # rows of students
     over = f'mean of {first.seeds} seeds, sd {pct(first.sd)}; ' if first.seeds > 1 else 'one seed; ' if several else ''
     return f'Best of {what} on {first.tracks} held-out low-resolution tracks: {" and ".join(best.arm)}, {pct(first.exact)} % exact match ({over}95 % interval {pct(first.lo)} to {pct(first.hi)}).'
 
-def warnings_said(runs:list[Run], gains:pd.DataFrame) -> list[str]:
+def caveats(runs:list[Run], gains:pd.DataFrame) -> list[str]:
     "What a reader of these gains must know."
     said = [f'{c.arm}: left out of the gain, because only one of the two arms has it: {", ".join(f"seed {s}" for s in c.left_out)}.' for c in gains.itertuples() if c.left_out]
     counts = {len(s) for s in gains.seeds}
     said += [ONE_SEED] * (1 in counts) + [METHOD] * (max(counts, default=0) > 1) + [MANY.format(len(gains))] * (len(gains) > 4)
     return said + [CHOSEN] * any(r.cfg.mode == 'student' and r.part == 'val' for r in runs)
 
-def teachers_said(runs:list[Run]) -> list[str]:
+def format_teachers(runs:list[Run]) -> list[str]:
     "What the teachers read, for scale."
-    return [f"For scale: the teacher reads {pct(recognition_rate(r.parts['val']))} % of held-out HR pictures and {pct(recognition_rate(r.parts['test']))} % of the students' LR pictures."
+    return [f"For scale: the teacher reads {pct(exact_match(r.parts['val']))} % of held-out HR pictures and {pct(exact_match(r.parts['test']))} % of the students' LR pictures."
             for r in runs if r.cfg.mode == 'teacher' and {'val', 'test'} <= r.parts.keys()]
 
 def verdict(runs:list[Run], control:str='' # an arm's name, as for `control_arm`
@@ -389,7 +389,7 @@ def verdict(runs:list[Run], control:str='' # an arm's name, as for `control_arm`
     if not arms: return ['No student among the runs: nothing to compare.']
     table, gains = arms_table([r for a in arms for r in a.runs]), comparisons(runs, control)
     bare = [(a, why) for a in arms for c, why in [control_arm(a, arms, control)] if why]
-    return [best_said(table), *map(gain_said, gains.itertuples()), *(no_control_said(*x) for x in bare), *warnings_said(runs, gains), *teachers_said(runs)]
+    return [format_best(table), *map(format_gain, gains.itertuples()), *(explain_no_control(*x) for x in bare), *caveats(runs, gains), *format_teachers(runs)]
 
 # %% ../../nbs/analysis/60_compare.ipynb #cmp047
 def compare_table(runs:list[Run], control:str='') -> pd.DataFrame:
@@ -422,14 +422,14 @@ def comparison(runs:list[Run], control:str='' # an arm's name, as for `control_a
     students = [r for r in runs if r.cfg.mode == 'student']
     arms, gains, table = {a.name: a for a in group_arms(students)}, comparisons(students, control), compare_table(students, control)
     bare = {a.name: why for a in arms.values() for _, why in [control_arm(a, list(arms.values()), control)] if why}
-    def run(r): return dict(seed=r.cfg.seed, folder=str(r.path.absolute()), exact=recognition_rate(r.preds), cer=cer(r.preds), **r.facts)
-    def row(r): return dict(r, runs=[run(x) for x in arms[r['arm']].runs], settings=method(arms[r['arm']].runs[0]))
+    def run(r): return dict(seed=r.cfg.seed, folder=str(r.path.absolute()), exact=exact_match(r.preds), cer=cer(r.preds), **r.facts)
+    def row(r): return dict(r, runs=[run(x) for x in arms[r['arm']].runs], settings=settings_key(arms[r['arm']].runs[0]))
     return _plain(dict(
         method=dict(gain='paired by seed, track by track', bootstrap='crossed seeds and plates (pigeonhole bootstrap, Owen 2007, Annals of Applied Statistics 1:386)', draws=DRAWS, seed=DRAW_SEED,
                     t="Student's t over the gains of the seeds", interval=.95, seeds_needed=ENOUGH, rule='better or worse where both intervals leave zero out'),
         part=students[0].part, tracks=table.tracks[0], plates=table.plates[0], arms=[row(r) for r in table.drop(columns=['mode', 'each']).to_dict('records')],
-        gains=gains.to_dict('records'), no_control=bare, teachers=[dict(folder=str(r.path.absolute()), **{p: recognition_rate(x) for p, x in r.parts.items()}) for r in runs if r.cfg.mode == 'teacher'],
-        verdict=verdict(runs, control), warnings=warnings_said(runs, gains)))
+        gains=gains.to_dict('records'), no_control=bare, teachers=[dict(folder=str(r.path.absolute()), **{p: exact_match(x) for p, x in r.parts.items()}) for r in runs if r.cfg.mode == 'teacher'],
+        verdict=verdict(runs, control), warnings=caveats(runs, gains)))
 
 def compare_runs(runs:list[Run], control:str='') -> tuple[str, dict, pd.DataFrame]: # for the screen, for JSON, for the forest plot
     "What `kdocr compare` says, keeps and draws. Raises `KdocrError` where there is nothing to compare, or `control` is no arm."
@@ -445,7 +445,7 @@ def compare_runs(runs:list[Run], control:str='') -> tuple[str, dict, pd.DataFram
 def _teacher_file(r, otherwise):
     named = r.cfg.teacher_checkpoint or otherwise
     if named is None: raise KdocrError('it names no teacher, and the others share none')
-    found = next((p for p in places(r.path, r.cfg, Path(named)) if p.is_file()), None)
+    found = next((p for p in data_places(r.path, r.cfg, Path(named)) if p.is_file()), None)
     if found is None: raise KdocrError(f'its teacher is not at {named}')
     return found
 
@@ -486,7 +486,7 @@ def alignment_table(runs:list[Run],
                 s = _look(load_model(RunFolder(r.path).best), lr)
                 lo, hi = wilson(sum(p.right for p in r.preds), len(r.preds))
                 rows += [dict(arm=a.name, run=r.path.name, seed=r.cfg.seed, control=not uses_teacher(r.cfg), tap=k, cka=linear_cka(align_steps(s[k], t[k].shape[1]), t[k]),
-                              n=len(lr), exact=recognition_rate(r.preds), lo=lo, hi=hi, tracks=len(r.preds)) for k in t]
+                              n=len(lr), exact=exact_match(r.preds), lo=lo, hi=hi, tracks=len(r.preds)) for k in t]
             except KdocrError as e: missing[str(r.path)] = str(e)
     return pd.DataFrame(rows, columns=['arm', 'run', 'seed', 'control', 'tap', 'cka', 'n', 'exact', 'lo', 'hi', 'tracks']), missing
 

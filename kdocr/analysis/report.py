@@ -15,7 +15,7 @@ import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
 from ..core import KdocrError, atomic_write, read_json
-from .compare import Run, arms_table, comparable, comparisons, find_runs, read_run, verdict
+from .compare import Run, arms_table, largest_comparable_set, comparisons, find_runs, read_run, verdict
 from ..metrics import pct
 from .figures import plot_arms, plot_forest, save_figure, use_style
 from ..jobs.notebooks import finish, start_notebook
@@ -136,7 +136,7 @@ def readable(paths:list[str|Path]         # run folders, and folders of run fold
         for f in dict.fromkeys(found):
             try: runs += [read_run(f)] if f not in [r.path for r in runs] else []
             except (KdocrError, ValueError, KeyError, OSError) as e: said.append(str(e) if str(f) in str(e) else f'{f}: {type(e).__name__}: {e}')
-    runs, others = comparable(runs)
+    runs, others = largest_comparable_set(runs)
     if not runs: raise KdocrError('; '.join(said) or 'no run was named')
     return runs, said + others
 

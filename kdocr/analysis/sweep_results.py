@@ -12,27 +12,27 @@ import numpy as np
 import pandas as pd
 from ..core import read_json
 from ..metrics import pct
-from ..jobs.queue import Row
-from ..jobs.sweep import Sweep, short
-from .figures import STARTS
+from ..jobs.queue import JobState
+from ..jobs.sweep import Sweep, short_value
+from .figures import INIT_COLOURS
 
 # %% ../../nbs/analysis/63_sweep_results.ipynb #jb0019
-def results(plan:Sweep, rows:dict[str, Row]|None=None # as `sweep` gives them; None: as the folders are now
+def results(plan:Sweep, rows:dict[str, JobState]|None=None # as `sweep` gives them; None: as the folders are now
            ) -> pd.DataFrame: # a row a run: name, state, what differs, scores
     "All runs of a sweep."
-    rows = rows or {j.name: Row(j, plan.out.absolute()) for j in plan.jobs}
+    rows = rows or {j.name: JobState(j, plan.out.absolute()) for j in plan.jobs}
     keys = [k for k in dict.fromkeys(k for n in plan.students for k in rows[n].job.params) if k not in ('name', 'arm', 'control', 'out', 'teacher_checkpoint')
             and len({repr(rows[n].job.params.get(k, '')) for n in plan.students}) > 1]
     def line(r):
         kept = read_json(r.files.folder/'scores.json') if r.state == 'finished' and r.job.trains else {}
-        part = next((p for p in ('test', 'val') if isinstance(kept.get(p), dict) and {'n', 'rr', 'cer'} <= kept[p].keys()), None)
-        scores = {k: kept[part][k] for k in ('n', 'rr', 'cer')} if part else {}
-        return dict(run=r.job.name, state=r.state, **{k: short(r.job.params[k]) if k in r.job.params else '' for k in keys}, part=part or '', **scores)
+        part = next((p for p in ('test', 'val') if isinstance(kept.get(p), dict) and {'n', 'exact_match', 'cer'} <= kept[p].keys()), None)
+        scores = {k: kept[part][k] for k in ('n', 'exact_match', 'cer')} if part else {}
+        return dict(run=r.job.name, state=r.state, **{k: short_value(r.job.params[k]) if k in r.job.params else '' for k in keys}, part=part or '', **scores)
     return pd.DataFrame([line(r) for r in rows.values()])
 
 def results_text(table:pd.DataFrame) -> str:
     "One run a line."
-    shown = table.rename(columns=dict(n='tracks', rr='exact %', cer='CER %'))
+    shown = table.rename(columns=dict(n='tracks', exact_match='exact %', cer='CER %'))
     for k in ('exact %', 'CER %'):
         if k in shown: shown[k] = [pct(v) if v == v and v is not None else '' for v in shown[k]]
     if 'tracks' in shown: shown['tracks'] = [f'{n:.0f}' if n == n else '' for n in shown.tracks]
@@ -43,15 +43,15 @@ def results_text(table:pd.DataFrame) -> str:
 def plot_results(table:pd.DataFrame, # as `results` makes it
                  ax=None):
     "Exact match of each run; runs that differ by their seed alone share a line, with their mean."
-    done = table[table.get('rr', pd.Series(index=table.index, dtype=float)).notna()]
+    done = table[table.get('exact_match', pd.Series(index=table.index, dtype=float)).notna()]
     arms = [re.sub(rf'-{s}$', '', r) if s != '' else r for r, s in zip(done.run, done.seed if 'seed' in done else [''] * len(done))]
     rows = dict.fromkeys(arms)
     ax = ax or plt.subplots(figsize=(7, .9 + .28 * max(1, len(rows))))[1]
     for y, a in enumerate(rows):
-        x = 100 * done.rr[[b == a for b in arms]].to_numpy(float)
+        x = 100 * done.exact_match[[b == a for b in arms]].to_numpy(float)
         ax.plot([0, x.mean()], [y, y], color='0.85', lw=1, zorder=1)
         if len(x) > 1: ax.plot(x.mean(), y, '|', ms=12, mew=2, color='0.15', zorder=3)
-        ax.scatter(x, np.full(len(x), y), s=26, color=STARTS[2], edgecolor='0.15', lw=.6, zorder=2)
+        ax.scatter(x, np.full(len(x), y), s=26, color=INIT_COLOURS[2], edgecolor='0.15', lw=.6, zorder=2)
         ax.annotate(pct(x.mean() / 100), (1, y), (6, 0), ('axes fraction', 'data'), 'offset points', va='center', fontsize=8, annotation_clip=False)
     tracks = '/'.join(f'{n:.0f}' for n in dict.fromkeys(done.n)) if len(done) else '0'
     part = ' and '.join(dict.fromkeys(done.part)) if len(done) else ''

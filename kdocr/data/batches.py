@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAP', 'SPARE', 'SPLIT_SEED', 'EMBEDDED_SEED', 'PlateBatch', 'rows_of', 'sets', 'Tracks', 'Pictures', 'to_input',
-           'Plates', 'join_halves', 'ICPR_LPR_HR_Dataset', 'ICPR_LPR_Distill_Dataset', 'NotFixed', 'count_views',
-           'teacher_view', 'free_memory', 'settle', 'Data', 'labelled', 'open_data']
+           'PlateDataset', 'join_halves', 'ICPR_LPR_HR_Dataset', 'ICPR_LPR_Distill_Dataset', 'NotFixed', 'count_views',
+           'teacher_view', 'free_memory', 'to_device_memory', 'Data', 'labelled', 'open_data']
 
 # %% ../../nbs/data/16_batches.ipynb #0002
 import math, os
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from ..core import KdocrError, digest, moved, seed_of, writable
+from ..core import KdocrError, digest, to_device, seed_of, writable
 from ..charset import LAYOUTS, Charset, fits
 from ..config import Config
-from .augment import apply_light, draw_geometry, draw_light, draw_shrink, shrink, warp
-from .icpr import Index, Split, beside, index, shared_split, text_faults
+from .augment import apply_light, draw_geometry, draw_light, draw_lowres, apply_lowres, warp
+from .icpr import Index, Split, hidden_folder, index_data, shared_split, text_faults
 from .pack import Pack, faulty, pack
 from .synth import synth
 
@@ -70,20 +70,20 @@ class Tracks(Dataset):
     def __init__(self, pack:Pack,
                  keys,             # which tracks, in order; all of them must be in the pack
                  frames:int=1,     # of a track, 1 to 5
-                 augment:float=0., # strength; 0: none
+                 aug_strength:float=0., # strength; 0: none
                  seed:int=0,
                  train:bool=True,     # False: the first frames in order, nothing random
-                 recombine:float=0.,  # share of pictures joined from two plates
-                 geometry_views:int=0, # maps a track; 0: a new one every step
-                 shrink:float=0.):  # share of the pictures seen from farther away
+                 recombine_p:float=0.,  # share of pictures joined from two plates
+                 n_fixed_augs:int=0, # maps a track; 0: a new one every step
+                 lowres_aug_p:float=0.):  # share of the pictures seen from farther away
         row = {k: i for i, k in enumerate(pack.keys)}
         if not 1 <= frames <= pack.lr.shape[1]: raise KdocrError(f'frames: {frames}; a track has 1 to {pack.lr.shape[1]}')
         self.pack, self.frames, self.seed, self.train = pack, frames, seed, train
-        self.augment, self.recombine, self.shrink = (augment, recombine, shrink) if train else (0., 0., 0.)
+        self.aug_strength, self.recombine_p, self.lowres_aug_p = (aug_strength, recombine_p, lowres_aug_p) if train else (0., 0., 0.)
         self.keys, self.rows = list(keys), np.array([row[k] for k in keys], dtype=int)
         self.texts = [pack.texts[i] for i in self.rows]
-        self.resident = {}    # arrays of the pack that `settle` brought into a device's memory, by name
-        self.maps = self._fixed_maps(geometry_views) if self.augment and geometry_views else None # (n,k,3,3)
+        self.resident = {}    # arrays of the pack that `to_device_memory` brought into a device's memory, by name
+        self.maps = self._fixed_maps(n_fixed_augs) if self.aug_strength and n_fixed_augs else None # (n,k,3,3)
 
     def __len__(self): return len(self.keys)
 
@@ -100,7 +100,7 @@ class Tracks(Dataset):
 
     def _fixed_maps(self, k):
         g = torch.Generator().manual_seed(seed_of(self.seed, 'maps'))
-        return draw_geometry(len(self) * k, self.augment, g).view(len(self), k, 3, 3)
+        return draw_geometry(len(self) * k, self.aug_strength, g).view(len(self), k, 3, 3)
 
 # %% ../../nbs/data/16_batches.ipynb #new1340
 class Pictures(Tracks):
@@ -108,16 +108,16 @@ class Pictures(Tracks):
     def take(self, name:str,  # an array of the pack
              *at,             # an index an axis, numpy
              device='cpu') -> Tensor: # what is there, on the device
-        "Gathered from the device's own memory where `settle` brought it there, from the mapped file otherwise."
+        "Gathered from the device's own memory where `to_device_memory` brought it there, from the mapped file otherwise."
         here = self.resident.get(name)
-        if here is None: return moved(torch.from_numpy(getattr(self.pack, name)[at]), device)
-        return here[tuple(moved(torch.from_numpy(np.ascontiguousarray(i)), here.device) for i in at)].to(device)
+        if here is None: return to_device(torch.from_numpy(getattr(self.pack, name)[at]), device)
+        return here[tuple(to_device(torch.from_numpy(np.ascontiguousarray(i)), here.device) for i in at)].to(device)
 
     @property
     def fixed(self) -> str|None:
         "None where a track has a countable number of views, else the reason why not."
-        if self.recombine: return 'recombine joins new plates at every step'
-        if self.augment and self.maps is None: return 'augment draws a new geometric map at every step; geometry_views fixes a few for each track'
+        if self.recombine_p: return 'recombine_p joins new plates at every step'
+        if self.aug_strength and self.maps is None: return 'aug_strength draws a new geometric map at every step; n_fixed_augs fixes a few for each track'
 
 def to_input(x:Tensor) -> Tensor: # (b,f,H,W,3) uint8 RGB -> (b,f,3,H,W) in [-1,1]
     "What a network sees of decoded pictures: the one place that scales them."
@@ -130,7 +130,7 @@ def to_input(x:Tensor) -> Tensor: # (b,f,H,W,3) uint8 RGB -> (b,f,3,H,W) in [-1,
     return torch.empty(b, f, c, h, w, device=x.device).copy_(planes).div_(127.5).sub_(1)
 
 # %% ../../nbs/data/16_batches.ipynb #new1643
-class Plates(Pictures):
+class PlateDataset(Pictures):
     "Batches of tracks; a subclass says with `pictures` what they are made of."
     def __getitem__(self, i:int) -> PlateBatch: # one track
         return self.batch(torch.tensor([range(len(self))[i]]), step=0)
@@ -145,12 +145,12 @@ class Plates(Pictures):
         at = self.rows[rows.numpy()]                                      # (b,) rows of the pack
         which = self._draw_set(len(at), g) if frames is None else None     # (b,) numbers of sets
         frames = np.arange(min(frames, self.pack.lr.shape[1]))[None].repeat(len(at), 0) if which is None else np.array(self.sets)[which] # (b,f)
-        mine = slice(None) if self.recombine else part                      # halves may come from anywhere in the batch
+        mine = slice(None) if self.recombine_p else part                      # halves may come from anywhere in the batch
         images, hr, heights = self.pictures(at, frames, g, device, clean, mine) # (b,f,H,W,3) uint8
         p, at = self.pack, at[mine]
         b = PlateBatch([p.keys[i] for i in at], images, hr, [self.texts[i] for i in rows[mine]],
                        [p.layouts[i] for i in at], [p.scenarios[i] for i in at], heights[:, 0].tolist(), rows[mine])
-        if self.recombine: b = join_halves(b, self.recombine, g)[part]
+        if self.recombine_p: b = join_halves(b, self.recombine_p, g)[part]
         return self._seen(b, len(rows), which, g, part)
 
     def _draw_set(self, b, g): # of frames, anew for each track and step
@@ -159,12 +159,12 @@ class Plates(Pictures):
     def _seen(self, b, n, which, g, part): # bytes to what the networks see; n tracks in the whole batch
         pick = torch.zeros(n, dtype=torch.long) if self.maps is None else torch.randint(self.maps.shape[1], (n,), generator=g)
         if self.fixed is None and which is not None: b = replace(b, views=(which * (1 if self.maps is None else self.maps.shape[1]) + pick)[part])
-        far = draw_shrink(n, self.shrink, g)[part] if self.shrink else None
-        if not self.augment: return replace(b, images=to_input(b.images if far is None else shrink(b.images, far)), clean_hr=None if b.clean_hr is None else to_input(b.clean_hr))
-        theta = draw_geometry(n, self.augment, g)[part] if self.maps is None else self.maps[b.rows, pick[part]]
-        matrix, offset = draw_light(n, self.augment, g)
+        far = draw_lowres(n, self.lowres_aug_p, g)[part] if self.lowres_aug_p else None
+        if not self.aug_strength: return replace(b, images=to_input(b.images if far is None else apply_lowres(b.images, far)), clean_hr=None if b.clean_hr is None else to_input(b.clean_hr))
+        theta = draw_geometry(n, self.aug_strength, g)[part] if self.maps is None else self.maps[b.rows, pick[part]]
+        matrix, offset = draw_light(n, self.aug_strength, g)
         images, *clean = warp(theta, *(x for x in (b.images, b.clean_hr) if x is not None)) # one map for both
-        if far is not None: images = shrink(images, far) # what is learnt from; the teacher stays near
+        if far is not None: images = apply_lowres(images, far) # what is learnt from; the teacher stays near
         return replace(b, images=apply_light(to_input(images), matrix[part], offset[part]), clean_hr=to_input(clean[0]) if clean else None)
 
 # %% ../../nbs/data/16_batches.ipynb #000d
@@ -181,8 +181,8 @@ def join_halves(b:PlateBatch,    # pictures (n,f,H,W,3) uint8
     who, right = take.nonzero()[:, 0], (torch.arange(w) >= cut[:, None])                      # (k,), (n,w)
     def join(x):
         if x is None or not len(who): return x
-        here, there = moved(who, x.device), moved(other[who], x.device)
-        mixed = torch.where(moved(right[who], x.device)[:, None, None, :, None], _in_light_of(x[there], x[here]), x[here])
+        here, there = to_device(who, x.device), to_device(other[who], x.device)
+        mixed = torch.where(to_device(right[who], x.device)[:, None, None, :, None], _in_light_of(x[there], x[here]), x[here])
         return x.index_copy(0, here, mixed)
     names = [(f'{b.keys[i]}+{b.keys[j]}', _joined(b.texts[i], b.texts[j])) if t else (b.keys[i], b.texts[i]) for i, (j, t) in enumerate(zip(other, take))]
     keys, texts = map(list, zip(*names))
@@ -196,41 +196,41 @@ def _in_light_of(x, like): # (k,f,h,w,3) uint8: the colours of x with the mean a
     return ((x - mean(x)) * (std(like) / std(x)) + mean(like)).round_().clamp_(0, 255).to(torch.uint8)
 
 # %% ../../nbs/data/16_batches.ipynb #000f
-class ICPR_LPR_HR_Dataset(Plates):
+class ICPR_LPR_HR_Dataset(PlateDataset):
     "HR frames; `clean_hr` is None."
-    def __init__(self, pack:Pack, keys, frames:int=1, augment:float=0., seed:int=0, train:bool=True, recombine:float=0., shrink:float=0.):
+    def __init__(self, pack:Pack, keys, frames:int=1, aug_strength:float=0., seed:int=0, train:bool=True, recombine_p:float=0., lowres_aug_p:float=0.):
         if pack.hr is None: raise KdocrError(f'{pack.folder}: these tracks have no HR frames')
-        super().__init__(pack, keys, frames, augment, seed, train, recombine, shrink=shrink)
+        super().__init__(pack, keys, frames, aug_strength, seed, train, recombine_p, lowres_aug_p=lowres_aug_p)
 
     def pictures(self, at, frames, g, device, clean, part):
         at, frames = at[part], frames[part]
         return self.take('hr', at[:, None], frames, device=device), None, self.pack.heights['hr'][at[:, None], frames]
 
 # %% ../../nbs/data/16_batches.ipynb #0012
-class ICPR_LPR_Distill_Dataset(Plates):
+class ICPR_LPR_Distill_Dataset(PlateDataset):
     "LR frames or degraded HR frames, paired with the clean HR frames that the teacher sees."
-    def __init__(self, pack:Pack, keys, frames:int=1, augment:float=0., seed:int=0, train:bool=True, recombine:float=0., geometry_views:int=0, shrink:float=0.,
+    def __init__(self, pack:Pack, keys, frames:int=1, aug_strength:float=0., seed:int=0, train:bool=True, recombine_p:float=0., n_fixed_augs:int=0, lowres_aug_p:float=0.,
                  student_input:str='lr',       # lr, degraded or mix
-                 degraded_share:float=0.5,     # of the mix
-                 hr_share:float=0.,            # of the training pictures that are HR frames instead
+                 degraded_frac:float=0.5,     # of the mix
+                 hr_mix_p:float=0.,            # of the training pictures that are HR frames instead
                  clean_hr_guided:bool=True):   # False: a standard batch, `clean_hr` None
         if clean_hr_guided and pack.hr is None: raise KdocrError(f'{pack.folder}: these tracks have no HR frames for a teacher; clean_hr_guided: false does without')
         if student_input not in ('lr', 'degraded', 'mix'): raise KdocrError(f'student_input: {student_input!r}; known: lr, degraded, mix')
-        if student_input != 'lr' and pack.degraded is None: raise KdocrError(f'{pack.folder}: no degraded views in this pack; make it with views >= 1')
-        if hr_share and pack.hr is None: raise KdocrError(f'{pack.folder}: these tracks have no HR frames, which hr_share asks for')
-        super().__init__(pack, keys, frames, augment, seed, train, recombine, geometry_views, shrink)
-        self.hr_share = hr_share if train else 0.
-        self.share = {'lr': 0., 'degraded': 1., 'mix': degraded_share}[student_input]
+        if student_input != 'lr' and pack.degraded is None: raise KdocrError(f'{pack.folder}: no degraded views in this pack; make it with n_degraded >= 1')
+        if hr_mix_p and pack.hr is None: raise KdocrError(f'{pack.folder}: these tracks have no HR frames, which hr_mix_p asks for')
+        super().__init__(pack, keys, frames, aug_strength, seed, train, recombine_p, n_fixed_augs, lowres_aug_p)
+        self.hr_mix_p = hr_mix_p if train else 0.
+        self.share = {'lr': 0., 'degraded': 1., 'mix': degraded_frac}[student_input]
         self.clean_hr_guided = clean_hr_guided
 
     def pictures(self, at, frames, g, device, clean, part):
         some, view = self._degraded(len(at), g)
-        near = (torch.rand(len(at), generator=g).numpy() < self.hr_share)[part].nonzero()[0] if self.hr_share else []
+        near = (torch.rand(len(at), generator=g).numpy() < self.hr_mix_p)[part].nonzero()[0] if self.hr_mix_p else []
         at, frames, some, view = at[part, None], frames[part], np.flatnonzero(some[part]), view[part] # (b,1) broadcasts with frames (b,f)
         images, heights = self.take('lr', at, frames, device=device), self.pack.heights['lr'][at, frames]
-        if len(some): images[moved(torch.from_numpy(some), images.device)] = self.take('degraded', at[some], view[some], frames[some], device=device)
+        if len(some): images[to_device(torch.from_numpy(some), images.device)] = self.take('degraded', at[some], view[some], frames[some], device=device)
         if len(near):
-            images[moved(torch.from_numpy(near), images.device)] = self.take('hr', at[near], frames[near], device=device)
+            images[to_device(torch.from_numpy(near), images.device)] = self.take('hr', at[near], frames[near], device=device)
             heights[near] = self.pack.heights['hr'][at[near], frames[near]]
         return images, self.take('hr', at, frames, device=device) if self.clean_hr_guided and clean else None, heights
 
@@ -270,18 +270,18 @@ def free_memory(device) -> int: # bytes
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
-def settle(sets, # of `Plates`; None among them are passed over
+def to_device_memory(sets, # of `PlateDataset`; None among them are passed over
            device,
-           keep:str='auto') -> int: # bytes brought there, 0 where the files are read instead
-    "Bring the packs into the device's memory. Raises `KdocrError` where keep is 'device' and they do not fit."
+           data_on:str='auto') -> int: # bytes brought there, 0 where the files are read instead
+    "Bring the packs into the device's memory. Raises `KdocrError` where data_on is 'device' and they do not fit."
     device, packs = torch.device(device), {id(s.pack): s.pack for s in sets if s is not None}
-    if keep == 'mapped' or (keep == 'auto' and device.type == 'cpu'): return 0
+    if data_on == 'disk' or (data_on == 'auto' and device.type == 'cpu'): return 0
     arrays = {i: {k: x for k in ('lr', 'hr', 'degraded') if (x := getattr(p, k)) is not None} for i, p in packs.items()}
     needed, free = sum(x.nbytes for a in arrays.values() for x in a.values()), free_memory(device)
     if needed > (1 - SPARE) * free:
-        if keep == 'auto': return 0
-        raise KdocrError(f'keep: device, but the packed pictures need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on {device}, '
-                         f'of which {SPARE:.0%} are left to the networks; keep: mapped reads them from disk')
+        if data_on == 'auto': return 0
+        raise KdocrError(f'data_on: device, but the packed pictures need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on {device}, '
+                         f'of which {SPARE:.0%} are left to the networks; data_on: disk reads them from disk')
     there = {i: {k: torch.from_numpy(np.array(x)).to(device) for k, x in a.items()} for i, a in arrays.items()}
     for s in sets:
         if s is not None: s.resident = there[id(s.pack)]
@@ -294,9 +294,9 @@ EMBEDDED_SEED = 0
 @dataclass(frozen=True)
 class Data:
     "What a run trains on and is measured by."
-    train:Plates
-    val:Plates
-    test:Plates|None   # None where there is no test part, or its texts are not known
+    train:PlateDataset
+    val:PlateDataset
+    test:PlateDataset|None   # None where there is no test part, or its texts are not known
     split:Split
     fingerprint:str    # of keys, texts and file sizes: the same data give the same on any machine
     root:Path
@@ -313,42 +313,42 @@ def labelled(texts,       # of tracks
 def open_data(cfg:Config) -> Data:
     "Index, pack and split the config's data. Raises one `KdocrError` for all that is wrong with its files."
     root = cfg.data or synth(cfg.out/'embedded', tracks=cfg.synth_tracks, test=cfg.synth_test, seed=EMBEDDED_SEED)
-    home = beside(root) if writable(root if root.is_dir() else root.parent) else cfg.out/'data'/digest(str(root.resolve()))
+    home = hidden_folder(root) if writable(root if root.is_dir() else root.parent) else cfg.out/'data'/digest(str(root.resolve()))
     cache = cfg.packs or home/'.kdocr'
-    found = index(root, cache)
+    found = index_data(root, cache)
     unread = _unreadable(cfg, found)
-    train = _packed(found.train, cache, cfg, 'train', cfg.views if cfg.student_input != 'lr' else 0)
+    train = _packed(found.train, cache, cfg, 'train', cfg.n_degraded if cfg.student_input != 'lr' else 0)
     test = _packed([t for t in found.test if t.text is not None], cache, cfg, 'test', 0)
     faults = [*map(str, found.faults), *train[1].values(), *test[1].values(), *unread.values()]
     if faults and not cfg.skip_faulty: raise faulty(faults)
     for _, bad in (train, test): bad.update(unread)
-    split = shared_split(home, found.train, cfg.val_share, SPLIT_SEED, fallback=home, test_texts={t.text for t in found.test if t.text}, named=found.val)
+    split = shared_split(home, found.train, cfg.val_frac, SPLIT_SEED, fallback=home, test_texts={t.text for t in found.test if t.text}, named=found.val)
     kind = _hr if cfg.mode == 'teacher' else _pair
     return Data(_hidden(cfg, kind(cfg, train, split.train, True)), kind(cfg, train, split.val, False), _scored(cfg, test), split, found.fingerprint, root, cache)
 
 def _unreadable(cfg, found:Index) -> dict[str, str]: # key -> what is wrong with its text; a folder's own labels are the trainer's business
     if not found.lines: return {}
     odd = next((t for t in found.train if not (t.layout in LAYOUTS and fits(t.text, t.layout))), None)
-    if cfg.recombine and odd: raise KdocrError(f'recombine: it joins the letters of one plate to the digits of another, and {odd.text!r} is no plate ({found.place(odd)})')
+    if cfg.recombine_p and odd: raise KdocrError(f'recombine_p: it joins the letters of one plate to the digits of another, and {odd.text!r} is no plate ({found.place(odd)})')
     return {k: str(f) for k, f in text_faults(found, Charset(cfg.charset), cfg.width // 8).items()}
 
-def _packed(tracks, cache, cfg, part, views): # the pack, None where there are no tracks; the faults by key
-    return pack(tracks, cache, cfg.height, cfg.width, views, part=part) if tracks else (None, {})
+def _packed(tracks, cache, cfg, part, n_degraded): # the pack, None where there are no tracks; the faults by key
+    return pack(tracks, cache, cfg.height, cfg.width, n_degraded, part=part) if tracks else (None, {})
 
-def _hidden(cfg, data): # the training tracks as label_share has them: no text, or no track
-    if cfg.label_share == 1: return data
-    known = labelled(data.texts, cfg.label_share)
+def _hidden(cfg, data): # the training tracks as label_frac has them: no text, or no track
+    if cfg.label_frac == 1: return data
+    known = labelled(data.texts, cfg.label_frac)
     if cfg.mode == 'teacher' or cfg.unlabelled == 'drop': return data.subset([i for i, t in enumerate(data.texts) if t in known])
     return data.subset(range(len(data)), [t if t in known else None for t in data.texts])
 
 def _hr(cfg, packed, keys, train):
     packed, bad = packed
-    return ICPR_LPR_HR_Dataset(packed, [k for k in keys if k not in bad], cfg.frames, cfg.augment, cfg.seed, train, cfg.recombine, cfg.shrink)
+    return ICPR_LPR_HR_Dataset(packed, [k for k in keys if k not in bad], cfg.frames, cfg.aug_strength, cfg.seed, train, cfg.recombine_p, cfg.lowres_aug_p)
 
 def _pair(cfg, packed, keys, train):
     packed, bad = packed
-    how = dict(geometry_views=cfg.geometry_views, student_input=cfg.student_input, degraded_share=cfg.degraded_share, clean_hr_guided=cfg.clean_hr_guided, shrink=cfg.shrink, hr_share=cfg.hr_share) if train else dict(clean_hr_guided=False)
-    return ICPR_LPR_Distill_Dataset(packed, [k for k in keys if k not in bad], cfg.frames, cfg.augment, cfg.seed, train, cfg.recombine, **how)
+    how = dict(n_fixed_augs=cfg.n_fixed_augs, student_input=cfg.student_input, degraded_frac=cfg.degraded_frac, clean_hr_guided=cfg.clean_hr_guided, lowres_aug_p=cfg.lowres_aug_p, hr_mix_p=cfg.hr_mix_p) if train else dict(clean_hr_guided=False)
+    return ICPR_LPR_Distill_Dataset(packed, [k for k in keys if k not in bad], cfg.frames, cfg.aug_strength, cfg.seed, train, cfg.recombine_p, **how)
 
 def _scored(cfg, packed):
     packed, bad = packed

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCENARIOS', 'BANDS', 'Conditions', 'track_conditions', 'light', 'camera', 'jpeg', 'degrade', 'Pose', 'draw_pose',
-           'quad', 'view', 'near', 'frames', 'spectrum']
+           'quad', 'warp_view', 'near', 'draw_frames', 'spectrum']
 
 # %% ../../nbs/data/11_degrade.ipynb #0002
 import math
@@ -157,7 +157,7 @@ def quad(pose:Pose, size:tuple, rng:np.random.Generator) -> np.ndarray: # (4,2) 
     at = np.stack((left + px*(1 - left - right), top + py*(1 - top - bottom)), 1)
     return (at*(w, h) + rng.normal(0, .006*h, (4, 2))).astype(np.float32)
 
-def view(picture:np.ndarray,  # a mounted plate
+def warp_view(picture:np.ndarray,  # a mounted plate
          source:np.ndarray,   # (4,2) where the plate's corners are in it
          target:np.ndarray,   # (4,2) where they go, px of the crop
          size:tuple,          # (width, height) of the crop
@@ -177,7 +177,7 @@ def near(c:Conditions, rng:np.random.Generator,
     return replace(c, blur=u(.3, .75 + .35*v) if soft else u(.3, .49 + .21*v), motion=u(0, .4 + 1.1*v), noise=u(.5, 2.6 + 1.4*v), quality=int(u(77 - 7*v, 97)),
                    contrast=0. if soft else u(45, 80), sharpen=0. if soft else u(.3, 1 + 2*v), radius=u(1, 1.8))
 
-def frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
+def draw_frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
            source:np.ndarray,  # (4,2) its corners
            c:Conditions, pose:Pose, rng:np.random.Generator,
            low:bool,           # LR or HR
@@ -195,7 +195,7 @@ def frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
         target = quad(pose, size, rng)
         own = replace(c, exposure=1., blur=c.blur*rng.uniform(.85, 1.2), motion=c.motion*rng.uniform(.5, 1.5), sharpen=c.sharpen*rng.uniform(.7, 1.3),
                       contrast=c.contrast*rng.uniform(.8, 1.2), noise=c.noise*rng.uniform(.7, 1.4), quality=int(np.clip(c.quality + rng.integers(-8, 9), 30, 98)))
-        out.append((camera(view(small, at, target, size), size, own, rng), target))
+        out.append((camera(warp_view(small, at, target, size), size, own, rng), target))
     return out
 
 # %% ../../nbs/data/11_degrade.ipynb #001a

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRAMES', 'Files', 'Said', 'INDEX_FORMAT', 'damage_of', 'read_image', 'Track', 'Fault', 'annotation', 'write_sealed',
-           'read_sealed', 'Index', 'read_rows', 'beside', 'index', 'text_faults', 'CheckReport', 'check', 'Split',
-           'make_split', 'shared_split']
+           'read_sealed', 'Index', 'read_rows', 'hidden_folder', 'index_data', 'text_faults', 'CheckReport', 'check',
+           'Split', 'make_split', 'shared_split']
 
 # %% ../../nbs/data/12_icpr.ipynb #0002
 import csv, gc, hashlib, json, os, re, time, unicodedata, zlib
@@ -302,7 +302,7 @@ def _as_index(path, tracks, faults, wrong) -> Index:
         if part == 'val': val.add(key)
     return Index(path, parts['train'], parts['test'], faults, seen, {k: line for k, (line, *_) in tracks.items()}, frozenset(val), tuple(asked))
 
-def beside(root:str|Path) -> Path: # `root` itself, or for `pairs.csv` the folder `pairs.kdocr`
+def hidden_folder(root:str|Path) -> Path: # `root` itself, or for `pairs.csv` the folder `pairs.kdocr`
     "The folder of what is made from the data: the split, the packs."
     root = Path(root)
     return root.with_suffix('.kdocr') if root.is_file() else root
@@ -319,7 +319,7 @@ def _no_cycles():
         if on: gc.enable()
 
 @_no_cycles()
-def index(root:str|Path,
+def index_data(root:str|Path,
           cache:str|Path|None=None, # folder that keeps what the annotations say; None: read them all
          ) -> Index:
     "Find the tracks under `root`, or in a CSV. Raises `KdocrError` where there is neither, or no track in it."
@@ -406,7 +406,7 @@ def check(root:str|Path,  # a folder of tracks, or a CSV
           width:int=128,  # of the network's input, pixels: it has a time step every 8
          ) -> CheckReport:
     "Look at everything under `root`, print the report and return it."
-    found = index(root)
+    found = index_data(root)
     pictures = list(found.pictures.items())
     blocks = [pictures[i:i + 100] for i in range(0, len(pictures), 100)]
     with ThreadPoolExecutor() as pool, progress(total=len(pictures), desc='reading pictures') as bar:
@@ -428,20 +428,20 @@ class Split:
 
     def __repr__(self): return f'Split({len(self.train)} train, {len(self.val)} val, {len(self.left_out)} left out, {self.hash})'
 
-def _draw_texts(count:Counter, val_share:float, seed:int) -> set[str]:
+def _draw_texts(count:Counter, val_frac:float, seed:int) -> set[str]:
     "Texts whose tracks come as near to the share as whole texts can; at least one where there are two."
     order = sorted(count, key=lambda text: digest('split', seed, text))
-    drawn, room = set(), val_share * count.total()
+    drawn, room = set(), val_frac * count.total()
     for text in order:
         if count[text] / 2 < room: drawn.add(text); room -= count[text]
     return drawn or set(order[:1] if len(order) > 1 else ())
 
-def _divide(tracks, val_share, seed, test_texts, named=()) -> dict[str, dict[str, str]]: # part -> key -> text
+def _divide(tracks, val_frac, seed, test_texts, named=()) -> dict[str, dict[str, str]]: # part -> key -> text
     usable = [t for t in tracks if t.text not in test_texts]
     pool, layouts, drawn = [t for t in usable if (t.key in named if named else t.scenario == 'B')] or usable, defaultdict(Counter), set()
     layout = {t.text: t.layout for t in sorted(pool, key=lambda t: t.layout)} # one a text, whatever its tracks say
     for t in pool: layouts[layout[t.text]][t.text] += 1
-    for name in sorted(layouts): drawn |= set(layouts[name]) if named else _draw_texts(layouts[name], val_share, seed)
+    for name in sorted(layouts): drawn |= set(layouts[name]) if named else _draw_texts(layouts[name], val_frac, seed)
     val = {t.key for t in pool if t.text in drawn}
     train = {t.key for t in usable if t.text not in drawn}
     part = {t.key: 'val' if t.key in val else 'train' if t.key in train else 'left_out' for t in tracks}
@@ -451,19 +451,19 @@ def _divide(tracks, val_share, seed, test_texts, named=()) -> dict[str, dict[str
 def _split(parts) -> Split: return Split(*(tuple(parts[p]) for p in ('train', 'val', 'left_out')), digest(parts))
 
 def make_split(tracks:Sequence[Track],
-               val_share:float=0.1,           # of the Scenario-B tracks, or of all where there are none
+               val_frac:float=0.1,           # of the Scenario-B tracks, or of all where there are none
                seed:int=0,
                test_texts:Collection[str]=(), # never to be trained on
                named:Collection[str]=(),      # keys of the tracks that validate, where the data say so; the rest trains
               ) -> Split:
     "Divide the tracks. Raises `KdocrError` where there are too few different texts."
-    parts = _divide(tracks, val_share, seed, set(test_texts), set(named))
+    parts = _divide(tracks, val_frac, seed, set(test_texts), set(named))
     if not parts['train'] or not parts['val']: raise KdocrError(f'{len(tracks)} tracks with {len({t.text for t in tracks})} different texts '
         f'are too few to split: {len(parts["train"])} would train, {len(parts["val"])} validate')
     return _split(parts)
 
 # %% ../../nbs/data/12_icpr.ipynb #002f
-def shared_split(root:Path, tracks:Sequence[Track], val_share:float, seed:int,
+def shared_split(root:Path, tracks:Sequence[Track], val_frac:float, seed:int,
                  fallback:Path,                 # folder for split.json where `root` is read-only
                  test_texts:Collection[str]=(), # never to be trained on
                  named:Collection[str]=(),      # keys of the tracks that validate, where the data say so
@@ -471,19 +471,19 @@ def shared_split(root:Path, tracks:Sequence[Track], val_share:float, seed:int,
     "The saved split of the data folder, or a new one, saved."
     places = [Path(f)/'split.json' for f in (root, fallback)]
     for path in places:
-        if path.is_file(): return _saved_split(path, tracks, val_share, set(test_texts), set(named))
-    split, texts = make_split(tracks, val_share, seed, test_texts, named), {t.key: t.text for t in tracks}
-    about = dict(val_share=val_share, seed=seed, named=bool(named), hash=split.hash) | {p: {k: texts[k] for k in getattr(split, p)} for p in ('train', 'val', 'left_out')}
+        if path.is_file(): return _saved_split(path, tracks, val_frac, set(test_texts), set(named))
+    split, texts = make_split(tracks, val_frac, seed, test_texts, named), {t.key: t.text for t in tracks}
+    about = dict(val_frac=val_frac, seed=seed, named=bool(named), hash=split.hash) | {p: {k: texts[k] for k in getattr(split, p)} for p in ('train', 'val', 'left_out')}
     try: write_json(places[0], about)
     except OSError: write_json(places[1], about)
     return split
 
-def _saved_split(path, tracks, val_share, test_texts, named=frozenset()) -> Split:
+def _saved_split(path, tracks, val_frac, test_texts, named=frozenset()) -> Split:
     def refuse(what): raise KdocrError(f'{path}: {what}. Delete the file to split anew; models made on the old split will then be refused')
     saved = read_json(path)
     parts = {p: saved.get(p) for p in ('train', 'val', 'left_out')} if isinstance(saved, dict) else {}
     if not parts or not all(isinstance(p, dict) for p in parts.values()) or digest(parts) != saved.get('hash'): refuse('its contents do not fit its hash: edited or damaged')
-    if saved.get('val_share') != val_share: refuse(f'made with val_share {saved.get("val_share")}, asked is {val_share}')
+    if saved.get('val_frac') != val_frac: refuse(f'made with val_frac {saved.get("val_frac")}, asked is {val_frac}')
     known, now = {k: t for p in parts.values() for k, t in p.items()}, {t.key: t.text for t in tracks}
     if new := sorted(set(now) - set(known)): refuse(f'{_n(new, "track")} came after it was made (the first is {new[0]})')
     if changed := sorted(k for k in now if now[k] != known[k]): refuse(f'{_n(changed, "text")} changed since it was made (the first is {changed[0]}: {known[changed[0]]} is now {now[changed[0]]})')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GLYPH', 'PEN', 'OTHER', 'RELATIVE', 'PLATE', 'VARIETY', 'TOWNS', 'PX', 'MARGIN', 'font_set', 'glyph', 'stamp',
-           'draw_text', 'Style', 'draw_style', 'letters', 'furniture', 'clouds', 'paint', 'draw_plate', 'mount',
+           'draw_text', 'Style', 'draw_style', 'place_letters', 'furniture', 'clouds', 'paint', 'draw_plate', 'mount',
            'plate_corners']
 
 # %% ../../nbs/data/10_plates.ipynb #0002
@@ -178,7 +178,7 @@ def _paste(mask, piece, x, y):
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, mask.shape[1]), min(y + h, mask.shape[0])
     if x1 > x0 and y1 > y0: np.maximum(mask[y0:y1, x0:x1], piece[y0-y:y1-y, x0-x:x1-x], out=mask[y0:y1, x0:x1])
 
-def letters(text:str, style:Style, font:str, rng:np.random.Generator) -> np.ndarray: # (104,320) uint8, ink 255
+def place_letters(text:str, style:Style, font:str, rng:np.random.Generator) -> np.ndarray: # (104,320) uint8, ink 255
     "The mask of the seven letters, each in its cell, and of the dot or dash between."
     mask = np.zeros((_px(PLATE[1]), _px(PLATE[0])), np.uint8)
     x = (PLATE[0] - 6*style.pitch - style.gap)/2 + rng.uniform(-4, 4)
@@ -235,7 +235,7 @@ def clouds(rng:np.random.Generator, shape:tuple, cells:tuple) -> np.ndarray: # `
 
 def paint(text:str, style:Style, font:str, rng:np.random.Generator) -> np.ndarray: # (104,320,3) uint8 RGB
     "The flat plate of a given style."
-    ink, more = letters(text, style, font, rng), furniture(style, font, rng)
+    ink, more = place_letters(text, style, font, rng), furniture(style, font, rng)
     shape = ink.shape
     plate = np.empty((*shape, 3), np.float32)
     plate[:] = style.ground

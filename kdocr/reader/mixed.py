@@ -14,8 +14,8 @@ from typing import NamedTuple
 import cv2
 from ..core import KdocrError, atomic_write, digest, np_rng
 from ..data.degrade import degrade, track_conditions
-from .heights import labelled_folder, shrunk
-from ..data.icpr import FRAMES, index
+from .heights import labelled_folder, downscale
+from ..data.icpr import FRAMES, index_data
 
 # %% ../../nbs/reader/73_mixed.ipynb #mix00005
 LOW = (24, 20, 16, 14, 12) # pixels of height of a crop's LR frames
@@ -35,7 +35,7 @@ def _keep(path:Path, data:bytes):
     with atomic_write(path) as tmp: tmp.write_bytes(data)
 
 def _far(crop, h, seen, c): # (H,W,3) uint8 at that height; seen: 0 without a camera, else its number
-    low = shrunk(crop.picture, h)
+    low = downscale(crop.picture, h)
     if not seen or low is crop.picture: return low
     return degrade(crop.picture, np_rng('mixed', crop.key, seen, h), low.shape[1::-1], conditions=c)
 
@@ -55,7 +55,7 @@ def crop_tracks(folder:Path,  # with labels.csv
 def _plates_of(folder:Path, store:Path, copies:int=1, camera:bool=False, heights=LOW) -> Iterator[Plate]:
     "The tracks of a folder with labels.csv, or of the training part of one in the competition's layout. Raises `KdocrError` where something is wrong with it."
     if (folder/'labels.csv').is_file(): yield from crop_tracks(folder, store, copies, camera, heights); return
-    found = index(folder)
+    found = index_data(folder)
     if found.faults: raise KdocrError(f'{folder}: {len(found.faults)} faults, the first: {found.faults[0]}; kdocr check shows them all')
     if not found.train: raise KdocrError(f'{folder}: no training tracks in it')
     for t, copy in product(found.train, range(copies)): yield Plate(t.key, copy, t.text, t.layout, [*zip(t.hr, t.lr)])
@@ -71,18 +71,18 @@ def mixed_csv(file:str|Path,                       # the CSV
               copies:int=3,                        # how often a photographed track is listed; a drawn one once
               camera:bool=False,                   # for copies of crops, as `crop_tracks` has it
               heights:Sequence[int]=LOW,           # of a crop's LR frames
-              val_share:float=.05,                 # of the photographed plates
+              val_frac:float=.05,                 # of the photographed plates
               seed:int=0) -> Path:                 # of the choice of those; the CSV
     "List the tracks of several folders, for `kdocr check` and `--data`. Raises `KdocrError` naming a folder with faults, or without photographs."
     file, rows = Path(file), []
     if not photographs: raise KdocrError(f'{file}: no folder of photographs')
-    if not 0 < val_share < 1: raise KdocrError(f'val_share {val_share}: it is between 0 and 1')
+    if not 0 < val_frac < 1: raise KdocrError(f'val_frac {val_frac}: it is between 0 and 1')
     if copies < 1: raise KdocrError(f'copies: {copies}; at least 1 is needed')
     if len(heights) > FRAMES or min(heights, default=0) < 1: raise KdocrError(f'heights {tuple(heights)}: one to {FRAMES} of at least 1 px')
     for i, folder in enumerate([*photographs, *drawn]):
         kind, times, store = *(('photographed', copies) if i < len(photographs) else ('drawn', 1)), file.with_suffix('.kdocr')/f'low-{i}'
         rows += [(kind, f'{i}/{p.key}' + f' ({p.copy + 1})'*(p.copy > 0), p) for p in _plates_of(Path(folder), store, times, camera, heights)]
-    val, out = _validating([p.text for kind, _, p in rows if kind == 'photographed'], val_share, seed), io.StringIO()
+    val, out = _validating([p.text for kind, _, p in rows if kind == 'photographed'], val_frac, seed), io.StringIO()
     table = csv.writer(out, lineterminator='\n')
     table.writerow(['track', 'text', 'layout', 'scenario', 'split', 'hr', 'lr'])
     for kind, key, p in rows:

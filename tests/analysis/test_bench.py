@@ -10,7 +10,7 @@ from kdocr.charset import Charset
 from kdocr.core import KdocrError
 from kdocr.distill.ctc import ctc_loss
 from kdocr.data.batches import open_data, to_input
-from kdocr.data.icpr import check, index, read_image
+from kdocr.data.icpr import check, index_data, read_image
 from kdocr.metrics import Prediction
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.data.pack import fit
@@ -66,17 +66,17 @@ def test_the_table_names_the_machine_and_every_arm_and_the_figure_draws_without_
 
 
 def test_the_plain_loader_sees_what_the_pack_holds(place):
-    cfg = arms(place, frames=5, augment=0.)['live teacher']
-    data, tracks = open_data(cfg), {t.key: t for t in index(place/'plates').train}
+    cfg = arms(place, frames=5, aug_strength=0.)['live teacher']
+    data, tracks = open_data(cfg), {t.key: t for t in index_data(place/'plates').train}
     files = FilePairs([tracks[k] for k in data.train.keys], cfg, train=False)
     batch = data.train.batch(torch.arange(len(data.train)), frames=5)
     for i in range(len(files)):
         assert torch.equal(files[i]['images'], batch.images[i]) and torch.equal(files[i]['clean_hr'], batch.clean_hr[i]) and files[i]['texts'] == batch.texts[i]
 
 def test_the_plain_loader_draws_frames_and_moves_the_pair_together(place):
-    cfg = arms(place, augment=0.)['live teacher']
-    track = index(place/'plates').train[:1]
-    still, moved = FilePairs(track, cfg), FilePairs(track, cfg.model_copy(update=dict(augment=1.)))
+    cfg = arms(place, aug_strength=0.)['live teacher']
+    track = index_data(place/'plates').train[:1]
+    still, moved = FilePairs(track, cfg), FilePairs(track, cfg.model_copy(update=dict(aug_strength=1.)))
     drawn = {still[0]['images'].sum().item() for _ in range(40)}
     assert 2 <= len(drawn) <= 5
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_a_pass_has_as_many_batches_as_asked(place, workers):
 def test_the_plain_step_is_ours_written_out(place):
     logits, texts = torch.randn(4, 16, 37, generator=torch.Generator().manual_seed(0)), ['ABC1234', 'AAB0C11', 'XYZ9Z99', 'BRA2E19']
     assert torch.allclose(plain_ctc(logits, texts, Charset()), ctc_loss(logits, texts, Charset()), atol=1e-5)
-    cfg = arms(place, batch_size=4, steps=3, augment=0.)['live teacher']
+    cfg = arms(place, batch_size=4, steps=3, aug_strength=0.)['live teacher']
     data = open_data(cfg)
     stand_in(cfg, data)
     ours, theirs = trainer(cfg, data), plain(cfg, data, 2)
@@ -120,11 +120,11 @@ def test_the_stand_in_is_a_teacher_of_this_split_and_never_overwrites(place):
 
 
 def test_many_tracks_out_of_few(place, tmp_path, capsys):
-    n = len(index(place/'plates').train)
+    n = len(index_data(place/'plates').train)
     found = check(multiply(place/'plates', tmp_path/'many', 2 * n + 3))
     assert len(found.index.train) == 2 * n + 3 and not found.faults and len({t.text for t in found.index.train}) == n
-    a, b = found.index.train[0], index(place/'plates').train[0]
-    assert any(p.samefile(q) for p in a.lr for t in index(place/'plates').train for q in t.lr) and a.scenario == b.scenario
+    a, b = found.index.train[0], index_data(place/'plates').train[0]
+    assert any(p.samefile(q) for p in a.lr for t in index_data(place/'plates').train for q in t.lr) and a.scenario == b.scenario
     assert [p.name for p in tmp_path.iterdir()] == ['many']
 
 def test_multiply_says_what_is_wrong(place, tmp_path):

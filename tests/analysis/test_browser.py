@@ -142,7 +142,7 @@ def cells(runs):
     yield 'explore_tracks(plates)'
     yield 'explore_alignment(teacher, students, plates)'
     yield 'explore_runs([*students, teacher])'
-    yield "cfg = make_config(dict(name='watched', out='runs', data=plates, val_share=.2, batch_size=8, steps=20, eval_every=5, log_every=1))\nrun = train_kd(cfg, fit=partial(live, share=.5))"
+    yield "cfg = make_config(dict(name='watched', out='runs', data=plates, val_frac=.2, batch_size=8, steps=20, eval_every=5, log_every=1))\nrun = train_kd(cfg, fit=partial(live, share=.5))"
 
 def test_explorers_in_jupyterlab(runs, lab, browser, pictures):
     address, token, root = lab

@@ -11,8 +11,8 @@ from kdocr.metrics import Prediction
 from kdocr.training.run_folder import RunFolder
 from kdocr.analysis.compare import (DISTILLATION, METHOD, ONE_SEED, Interval, Run, alignment_table, arms_table,
                                     bootstrap_difference, compare_runs, comparison, comparisons, control_of, data_of,
-                                    find_runs, finished_runs, group_arms, judge, labels, mcnemar, paired, read_log,
-                                    read_run, runs_to_read, t_interval, term_shares, verdict)
+                                    find_runs, finished_runs, group_arms, judge, run_labels, mcnemar, paired,
+                                    read_log, read_run, runs_to_read, t_interval, term_shares, verdict)
 
 
 def rows(right, n=100):
@@ -59,8 +59,8 @@ def test_a_control_shares_everything_but_the_distillation():
     assert control_of(run, [run, *others]) is None and control_of(control, [run, control]) is None
 
 def test_labels_say_what_differs_and_no_more():
-    assert labels([student('a', 1).cfg, student('b', 1, threads=2, distill_weight=0).cfg]) == ['random init, distilled', 'random init, control']
-    assert labels([student('a', 1).cfg, student('b', 1, seed=3).cfg]) == ['random init, distilled, seed 0', 'random init, distilled, seed 3']
+    assert run_labels([student('a', 1).cfg, student('b', 1, threads=2, distill_weight=0).cfg]) == ['random init, distilled', 'random init, control']
+    assert run_labels([student('a', 1).cfg, student('b', 1, seed=3).cfg]) == ['random init, distilled, seed 0', 'random init, distilled, seed 3']
 
 @pytest.mark.parametrize('right, points', [(80, '+20.0'), (61, '+1.0'), (40, '-20.0')])
 def test_one_seed_never_wins(right, points):
@@ -137,16 +137,16 @@ def test_what_cannot_stand_together_is_named(more, said):
     with pytest.raises(KdocrError, match=said): verdict(CTC + more())
 
 @pytest.mark.parametrize('kw, said', [(dict(steps=9), 'steps is 9 and None'), (dict(lr=1e-3), 'lr is 0.001 and 0.003'), (dict(student_init='teacher'), "student_init is 'teacher' and 'random'"),
-                                      (dict(label_share=.5), 'label_share is 0.5 and 1.0'), (dict(unlabelled='read'), 'a teacher teaches it .distill_weight 0, unlabelled read'),
-                                      (dict(distill_weight=2), 'a teacher teaches it .distill_weight 2, unlabelled drop'), (dict(geometry_views=4), 'geometry_views is 4 and 0')])
+                                      (dict(label_frac=.5), 'label_frac is 0.5 and 1.0'), (dict(unlabelled='pseudo_label'), 'a teacher teaches it .distill_weight 0, unlabelled pseudo_label'),
+                                      (dict(distill_weight=2), 'a teacher teaches it .distill_weight 2, unlabelled drop'), (dict(n_fixed_augs=4), 'n_fixed_augs is 4 and 0')])
 def test_a_named_control_is_checked(kw, said):
     wrong = arm_of('wrong', (60, 60, 60), **{'distill_weight': 0, **kw})
     with pytest.raises(KdocrError, match=f"arm 'soft': 'wrong' is not a control: .*{said}"): comparisons(wrong + arm_of('soft', (70,), control='wrong'))
     with pytest.raises(KdocrError, match="'wrong' is not a control"): comparisons(CTC + SOFT + wrong, 'wrong')
 
 def test_distillations_own_settings_need_not_agree():
-    own = dict(distill_weight=.5, distill_taps='logits', distill_terms='kl', balance=1., probe_every=9, mutual=1., clean_hr_guided=False, model_type='restran', teacher_cache='off', teacher_precision='fp32',
-               unlabelled='distill', read_confidence=.5)
+    own = dict(distill_weight=.5, distill_taps='logits', distill_terms='kl', grad_balance=1., grad_log_every=9, mutual_weight=1., clean_hr_guided=False, model_type='restran', teacher_cache='off', teacher_precision='fp32',
+               unlabelled='distill', pseudo_label_conf=.5)
     assert own.keys() == set(DISTILLATION)
     got = comparisons(CTC + arm_of('all', (70, 70, 70), **own))
     assert (got.control[0], got.seeds[0]) == ('ctc', [0, 1, 2])
@@ -158,7 +158,7 @@ def test_a_start_from_the_teacher_needs_the_same_teacher():
 
 def test_guided_is_whoever_listens_to_a_teacher():
     def g(**kw): return uses_teacher(Config(mode='student', teacher_checkpoint='t.pth', **kw))
-    assert g() and g(distill_weight=0, unlabelled='read') and not g(distill_weight=0) and not g(distill_taps='') and not g(distill_terms='') and not uses_teacher(Config())
+    assert g() and g(distill_weight=0, unlabelled='pseudo_label') and not g(distill_weight=0) and not g(distill_taps='') and not g(distill_terms='') and not uses_teacher(Config())
 
 def test_no_gain_without_a_control():
     said = verdict(SOFT)
@@ -206,7 +206,7 @@ def test_validation_alone_is_called_flattering():
     assert any('validation tracks' in s for s in verdict(runs)) and not any('validation tracks' in s for s in verdict(CTC + SOFT))
 
 def test_term_shares():
-    log = pd.DataFrame(dict(step=[1, 2, 2], ctc=[3., 1., None], kd_logits=[9., 9., None], kd_logits_weighted=[1., 1., None], val_rr=[None, None, .1]))
+    log = pd.DataFrame(dict(step=[1, 2, 2], ctc=[3., 1., None], kd_logits=[9., 9., None], kd_logits_weighted=[1., 1., None], val_exact_match=[None, None, .1]))
     assert term_shares(log) == dict(ctc=.625, kd_logits=.375) and term_shares(pd.DataFrame()) == {}
 
 def test_reading_run_folders(tmp_path, capsys):

@@ -23,14 +23,17 @@ from kdocr.core import KdocrError, read_json, write_json
 from kdocr.data.batches import open_data
 from kdocr.data.degrade import Conditions
 from kdocr.training.distillation import load_teacher
-from kdocr.analysis.figures import TERMS, use_style
-from kdocr.data.icpr import index
-from kdocr.analysis.probe import Arm, HeldOut, read_curve, series
+from kdocr.analysis.figures import TERM_STYLES, use_style
+from kdocr.data.icpr import index_data
+from kdocr.analysis.probe import CurveArm, HeldOut, read_curve, series
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.training.train_kd import new_trainer, train_kd
-from kdocr.analysis.explore import (CAMERA, LIGHT, LIMIT, LOOKS, Asking, Explorer, Live, Side, Tail, alike, alignment_figure, compared, drawn_conditions, explore_alignment, explore_runs, explore_tracks, far_away,
-                           figure, frames_of, latencies, live, live_figure, matching, open_index, plot_latencies, read_head, run_paths, runs_figure, shared_taps, the_data, tracks_frame, watching, yardstick)
+from kdocr.analysis.explore import (CAMERA, LIGHT, LIMIT, ALIGNMENT_VIEWS, Asking, Explorer, Live, Side, LogReader,
+                                    alike, alignment_figure, compared, drawn_conditions, explore_alignment,
+                                    explore_runs, explore_tracks, far_away, figure, track_frames, latencies, live,
+                                    live_figure, matching, open_index, plot_latencies, read_head, run_paths,
+                                    runs_figure, shared_taps, the_data, tracks_frame, watching, yardstick)
 from small_runs import drawn, small
 
 def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -42,7 +45,7 @@ def words(fig): return ' '.join(t.get_text() for t in fig.texts)
 def one_thread():
     torch.set_num_threads(1)
     plt.close('all') # what other tests of this process left
-    with matplotlib.rc_context(explore.LOOK): yield
+    with matplotlib.rc_context(explore.WIDGET_LAYOUT): yield
     assert not plt.get_fignums(), 'explorers leave no figure open'
     plt.close('all')
 
@@ -158,14 +161,14 @@ def test_what_is_no_data_is_refused(tmp_path):
 def test_only_what_is_shown_is_read(competition, monkeypatch):
     read = []
     monkeypatch.setattr(explore, 'read_image', lambda p: read.append(p) or cv2.imread(str(p))[..., ::-1])
-    frames_of.cache_clear()
+    track_frames.cache_clear()
     ex = explore_tracks(competition)
     assert len(read) == 10 and len({p.parent for p in read}) == 1
     ex['noise'].value = 9.
     assert len(read) == 10
     ex['plate'].value = 4
     assert len(read) == 20
-    frames_of.cache_clear()
+    track_frames.cache_clear()
 
 def test_every_control_of_the_tracks_changes_the_picture(competition):
     ex = explore_tracks(competition)
@@ -192,7 +195,7 @@ def test_sliders_are_the_parameters_of_the_degradation():
         for k, x in drawn_conditions(n, 'AB'[n % 2]).items(): assert (CAMERA | LIGHT)[k][0] <= x <= (CAMERA | LIGHT)[k][1]
 
 def test_degraded_by_hand(competition):
-    hr = frames_of(index(competition).train[0])[1][0]
+    hr = track_frames(index_data(competition).train[0])[1][0]
     v = {k: x[3] for k, x in (CAMERA | LIGHT).items()}
     made = far_away(hr, 'a', 12, v)
     assert made.shape == (12, 34, 3) and np.array_equal(made, far_away(hr, 'a', 12, v)) and not np.array_equal(made, far_away(hr, 'b', 12, v))
@@ -200,10 +203,10 @@ def test_degraded_by_hand(competition):
     assert far_away(hr, 'a', 30, clean | dict(exposure=.2)).mean() < .5*far_away(hr, 'a', 30, clean).mean() # darker
 
 def test_a_damaged_frame_is_said_and_the_rest_shown(competition):
-    track = index(competition).train[0]
+    track = index_data(competition).train[0]
     good = explore_tracks(competition).figure()
     track.lr[1].write_bytes(track.lr[1].read_bytes()[:60])
-    frames_of.cache_clear()
+    track_frames.cache_clear()
     ex = explore_tracks(competition)
     fig = ex.figure()
     words = ' '.join(t.get_text() for t in fig.axes[0].texts)
@@ -261,7 +264,7 @@ def test_the_plates_line_is_the_measure(results):
     right = fig.axes[1]
     want = cosine_by_position(s.on('val')[0].ask(torch.tensor([1])).taps['transformer_out'], t.on('val')[0].ask(torch.tensor([1])).taps['transformer_out'])[0]
     line, = lines(right)
-    assert np.allclose(line.get_ydata(), want, atol=1e-4) and line.get_color() == TERMS['transformer_out'][1] and right.get_ylabel() == 'cosine' and 'n = ' in right.get_xlabel()
+    assert np.allclose(line.get_ydata(), want, atol=1e-4) and line.get_color() == TERM_STYLES['transformer_out'][1] and right.get_ylabel() == 'cosine' and 'n = ' in right.get_xlabel()
     assert len(fig.axes[0].images) == 5 and t.data.val.keys[1] in words(fig) and '"distilled"' in words(fig)
     lr, hr = (x.on('val')[0][1].images for x in (s, t))
     assert not torch.equal(lr, hr) # the student sees LR, the teacher HR
@@ -275,7 +278,7 @@ def test_every_control_of_the_alignment_changes_the_picture(results):
         assert ex.image.value not in seen and 'kdocr-error' not in said(ex), (name, said(ex))
         seen.add(ex.image.value)
     ex['tap'].value = 'backbone_out'
-    assert 'entropy' not in ex['measure'].options and set(ex['measure'].options) == set(LOOKS) - {'entropy'}
+    assert 'entropy' not in ex['measure'].options and set(ex['measure'].options) == set(ALIGNMENT_VIEWS) - {'entropy'}
     val = read_json(RunFolder(results/'teacher').scores)['val']['n']
     counts = []
     for w in list(ex['which'].options)[1:]:
@@ -383,26 +386,26 @@ def test_every_control_of_the_runs_changes_the_picture(results):
 
 def test_the_curves_are_the_logs(results):
     logs = {n: read_curve(results/n).log for n in ('control', 'distilled')}
-    arms, keys = [Arm(n, [l]) for n, l in logs.items()], ['ctc', 'backbone_out']
+    arms, keys = [CurveArm(n, [l]) for n, l in logs.items()], ['ctc', 'backbone_out']
     fig = runs_figure(arms, keys, 'raw', True, 1, 'run')
     a, b, acc = fig.axes
     assert [ax.get_title(loc='left') for ax in fig.axes] == ['control', 'distilled', 'accuracy'] and [len(lines(ax)) for ax in fig.axes] == [1, 2, 2]
-    assert np.allclose(lines(b)[1].get_ydata(), series(logs['distilled'], 'backbone_out', 'raw')) and lines(b)[1].get_color() == TERMS['backbone_out'][1] and b.get_yscale() == 'log'
-    assert np.allclose(lines(acc)[0].get_ydata(), 100*logs['control'].val_rr.dropna())
+    assert np.allclose(lines(b)[1].get_ydata(), series(logs['distilled'], 'backbone_out', 'raw')) and lines(b)[1].get_color() == TERM_STYLES['backbone_out'][1] and b.get_yscale() == 'log'
+    assert np.allclose(lines(acc)[0].get_ydata(), 100*logs['control'].val_exact_match.dropna())
     fig = runs_figure(arms, keys, 'weighted', False, 3, 'term')
     assert [ax.get_title(loc='left') for ax in fig.axes] == ['CTC', 'backbone', 'accuracy'] and [len(lines(ax)) for ax in fig.axes] == [2, 1, 2] and 'running median of 3 points' in words(fig)
     for what, by in (('grad', 'run'), ('cosine', 'run'), ('cosine', 'term')): assert 'not measured' in [t.get_text() for t in runs_figure(arms, keys, what, True, 0, by).axes[0].texts]
 
 def test_long_lines_are_thinned_after_smoothing():
     n = 5000
-    log = pd.DataFrame(dict(step=range(n), ctc=np.arange(n) % 2 + 1., loss=1., val_rr=np.nan))
-    ax = runs_figure([Arm('a', [log])], ['ctc'], 'raw', False, 3, 'run').axes[0]
+    log = pd.DataFrame(dict(step=range(n), ctc=np.arange(n) % 2 + 1., loss=1., val_exact_match=np.nan))
+    ax = runs_figure([CurveArm('a', [log])], ['ctc'], 'raw', False, 3, 'run').axes[0]
     assert [len(l.get_xdata()) for l in ax.lines] == [1000, 1000] and 'n = 5000' in ax.get_xlabel()
     assert np.allclose(lines(ax)[0].get_ydata()[1:], log.ctc.rolling(3, center=True).median()[5::5])
 
 def test_more_panels_than_fit_are_named(results):
     log = read_curve(results/'control').log
-    fig = runs_figure([Arm(f'run {i}', [log]) for i in range(11)], ['ctc'], 'raw', True, 0, 'run')
+    fig = runs_figure([CurveArm(f'run {i}', [log]) for i in range(11)], ['ctc'], 'raw', True, 0, 'run')
     assert sum(bool(ax.lines) for ax in fig.axes) == 9 and 'not shown: run 8, run 9, run 10' in words(fig)
 
 def test_the_most_frequent_charset_and_data_count(results):
@@ -413,13 +416,13 @@ def test_the_most_frequent_charset_and_data_count(results):
     assert run_paths(results/'control') == [results/'control'] and results/'unfinished' in run_paths([results]) and run_paths(['x']) == ['x']
 
 def test_a_term_has_one_line_in_every_panel():
-    def log(*keys): return pd.DataFrame({'step': [1, 2], 'loss': 3., 'ctc': 1., 'val_rr': np.nan, **{f'kd_{k}{e}': 1. for k in keys for e in ('', '_weighted')}})
-    arms = [Arm('a', [log('logits_kl')]), Arm('b', [log('logits', 'logits_kl')]), Arm('c', [log('backbone_out_cosine')])]
+    def log(*keys): return pd.DataFrame({'step': [1, 2], 'loss': 3., 'ctc': 1., 'val_exact_match': np.nan, **{f'kd_{k}{e}': 1. for k in keys for e in ('', '_weighted')}})
+    arms = [CurveArm('a', [log('logits_kl')]), CurveArm('b', [log('logits', 'logits_kl')]), CurveArm('c', [log('backbone_out_cosine')])]
     drawn = {}
     for ax in runs_figure(arms, ['logits', 'logits_kl', 'backbone_out_cosine'], 'raw', True, 1, 'run').axes[:3]:
         for l in lines(ax): drawn.setdefault(l.get_label(), set()).add((l.get_color(), l.get_linestyle()))
     assert set(drawn) == {'logits', 'logits, kl', 'backbone, cosine'} and all(len(v) == 1 for v in drawn.values()) # ctc was not chosen
-    assert len({next(iter(v)) for v in drawn.values()}) == 3 and drawn['logits'] == {(TERMS['logits'][1], '-')}
+    assert len({next(iter(v)) for v in drawn.values()}) == 3 and drawn['logits'] == {(TERM_STYLES['logits'][1], '-')}
 
 
 # ---- a run that is watched
@@ -475,7 +478,7 @@ def test_live_is_fit_with_the_commands_folder(results, tmp_path, monkeypatch):
     assert run.finished and run.config.is_file() and len(shown) == 1 and isinstance(shown[0], Explorer) and 'step 3 of 3' in words(shown[0].figure())
 
 def test_a_log_is_read_from_where_it_was_left(tmp_path):
-    tail = Tail(tmp_path/'log')
+    tail = LogReader(tmp_path/'log')
     assert tail.read().empty
     (tmp_path/'log').write_text('{"step": 1}\n{"st')
     assert tail.read().step.tolist() == [1]

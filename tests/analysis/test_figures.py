@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from kdocr.metrics import Prediction, wilson
-from kdocr.analysis.figures import (PAGE, TERMS, arm_styles, cut, grid, legend_above, loss_terms, percent_range, plain_log, plot_arms, plot_forest, plot_losses, plot_over_steps, plot_readings, plot_spikes, plot_taps,
-                           save_figure, wrapped)
+from kdocr.analysis.figures import (PAGE, TERM_STYLES, arm_styles, cut, grid, legend_above, loss_terms,
+                                    percent_range, plain_log, plot_arms, plot_forest, plot_losses, plot_over_steps,
+                                    plot_readings, plot_spikes, plot_taps, save_figure, wrapped)
 
 ARMS = ['random init, control', 'random init, distilled', "teacher's weights, control"]
 
@@ -21,13 +22,13 @@ def log():
     n = 100
     steps = pd.DataFrame(dict(step=range(1, n + 1), lr=1e-3, ctc=np.linspace(6, 1, n), kd_backbone_out=2., kd_transformer_out=1., kd_logits=3.,
                               kd_backbone_out_weighted=1., kd_transformer_out_weighted=.5, kd_logits_weighted=1.5))
-    return pd.concat([steps, pd.DataFrame(dict(step=[50, 100], val_rr=[.1, .6]))], ignore_index=True)
+    return pd.concat([steps, pd.DataFrame(dict(step=[50, 100], val_exact_match=[.1, .6]))], ignore_index=True)
 
 @pytest.mark.parametrize('weighted', [False, True])
 def test_losses_draw_every_term_in_its_colour(log, weighted):
     ax = plot_losses(log, weighted=weighted)
     drawn = {l.get_label(): l.get_color() for l in ax.lines if not l.get_label().startswith('_')}
-    assert drawn == {name: colour for name, colour in TERMS.values()}
+    assert drawn == {name: colour for name, colour in TERM_STYLES.values()}
     assert [len(l.get_ydata()) for l in ax.lines] == [100] * 8
     assert f"{'weighted' if weighted else 'raw'}" in ax.get_ylabel() and 'n = 100' in ax.get_xlabel() and ax.get_yscale() == 'log'
     assert ax.lines[3].get_ydata()[0] == (1. if weighted else 2.)
@@ -40,7 +41,7 @@ def test_terms_other_than_the_squared_error_are_drawn_too(log):
     other = log.rename(columns={'kd_logits': 'kd_logits_kl', 'kd_logits_weighted': 'kd_logits_kl_weighted'})
     ax = plot_losses(other)
     drawn = {l.get_label(): (l.get_color(), l.get_linestyle()) for l in ax.lines if not l.get_label().startswith('_')}
-    assert list(drawn) == ['CTC', 'backbone', 'transformer', 'logits, kl'] and drawn['logits, kl'] == (TERMS['logits'][1], '--')
+    assert list(drawn) == ['CTC', 'backbone', 'transformer', 'logits, kl'] and drawn['logits, kl'] == (TERM_STYLES['logits'][1], '--')
     assert loss_terms(log, other)[-1].line == '--' and [t.label for t in loss_terms(log, other)][-2:] == ['logits', 'logits, kl']
 
 def test_panels_fill_rows_within_a_page():
@@ -79,14 +80,14 @@ def test_names_break_after_underscores():
     assert wrapped('random_control, 3 seeds', 12) == 'random_\ncontrol, 3\nseeds' and wrapped('a b', 9) == 'a b'
 
 def test_validation_rows_only(log):
-    ax = plot_over_steps({ARMS[0]: log, ARMS[1]: log}, 'val_rr', 'exact match (%)', 100)
+    ax = plot_over_steps({ARMS[0]: log, ARMS[1]: log}, 'val_exact_match', 'exact match (%)', 100)
     assert [list(l.get_ydata()) for l in ax.lines] == [[10., 60.]] * 2
     assert [l.get_linestyle() for l in ax.lines] == ['--', '-'] and ax.get_ylabel().endswith('(%)')
 
 def test_a_start_has_a_colour_and_a_control_a_dash():
     s = arm_styles(ARMS)
     assert s[ARMS[0]]['color'] == s[ARMS[1]]['color'] != s[ARMS[2]]['color']
-    assert not {c['color'] for c in s.values()} & {c for _, c in TERMS.values()}
+    assert not {c['color'] for c in s.values()} & {c for _, c in TERM_STYLES.values()}
 
 def test_arms_stand_in_order_with_intervals():
     ax = plot_arms(pd.DataFrame(dict(arm=ARMS, tracks=500, exact=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75])))
@@ -120,21 +121,21 @@ def test_forest_of_one_arm_of_one_seed(gains): assert len(plot_forest(gains[2:])
 def test_cut_counts_every_track_once():
     preds = [Prediction(f't{i}', 'ABC1234', 'ABC1234' if i % 2 else 'ABC123', .5, 'Brazilian', 'A', 10 + i % 10) for i in range(60)]
     frame = cut({ARMS[0]: [preds]}, 'height')
-    assert frame.n.sum() == 60 and (frame.n * frame.rr).sum() == 30
+    assert frame.n.sum() == 60 and (frame.n * frame.exact_match).sum() == 30
     by = cut({ARMS[0]: [preds]}, 'position')
-    assert list(by.rr) == [1.] * 6 + [.5] and (by.hi <= 1).all()
+    assert list(by.exact_match) == [1.] * 6 + [.5] and (by.hi <= 1).all()
 
 def test_seeds_of_an_arm_are_a_mean_and_a_range():
     def read(right): return [Prediction(f't{i}', 'ABC1234', 'ABC1234' if i < right else 'A', .5, 'Brazilian', 'A', 12) for i in range(50)]
     frame = cut({ARMS[0]: [read(10), read(30), read(20)], ARMS[1]: [read(25)]}, 'layout')
-    assert list(frame.rr) == pytest.approx([.4, .5]) and list(frame.n) == [50, 50]                  # plates are counted once, not once a seed
+    assert list(frame.exact_match) == pytest.approx([.4, .5]) and list(frame.n) == [50, 50]                  # plates are counted once, not once a seed
     assert (frame.lo[0], frame.hi[0]) == (.2, .6) and frame.lo[1] == pytest.approx(wilson(25, 50)[0])
 
 def test_taps_bars():
-    frame = pd.DataFrame([(a, t, .1 * i + .2 * j, .5) for i, a in enumerate(ARMS) for j, t in enumerate(list(TERMS)[1:])], columns=['arm', 'tap', 'cka', 'exact'])
+    frame = pd.DataFrame([(a, t, .1 * i + .2 * j, .5) for i, a in enumerate(ARMS) for j, t in enumerate(list(TERM_STYLES)[1:])], columns=['arm', 'tap', 'cka', 'exact'])
     ax = plot_taps(frame, 'cka', 'CKA')
     assert len(ax.patches) == 9 and [p.get_hatch() for p in ax.patches[:3]] == ['////', None, '////']
-    assert matplotlib.colors.to_hex(ax.patches[0].get_facecolor()).upper() == TERMS['backbone_out'][1]
+    assert matplotlib.colors.to_hex(ax.patches[0].get_facecolor()).upper() == TERM_STYLES['backbone_out'][1]
     ax = plot_taps(pd.concat([frame, frame.assign(cka=frame.cka + .2)]), 'cka', 'CKA', ax=plt.subplots()[1])          # two seeds: mean and range
     assert len(ax.patches) == 9 and ax.patches[0].get_height() == pytest.approx(.1) and ax.collections[0].get_segments()[0][:, 1].tolist() == pytest.approx([0, .2])
     gaps = plot_taps(frame[(frame.arm != ARMS[0]) | (frame.tap != 'logits')], 'cka', 'CKA', ax=plt.subplots()[1])     # a tap that one arm lacks

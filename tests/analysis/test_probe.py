@@ -16,15 +16,21 @@ from kdocr.config import Config, load_config, save_config
 from kdocr.charset import DEFAULT_CHARS, Charset
 from kdocr.metrics import Prediction, wilson
 from kdocr.jobs.notebooks import run_notebook
-from kdocr.analysis.figures import PAGE, TERMS, plot_spikes, use_style
+from kdocr.analysis.figures import PAGE, TERM_STYLES, plot_spikes, use_style
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.analysis.compare import Run, read_run
 from kdocr.distill.similarity import cosine_by_position, error_by_position, pca_rgb
-from kdocr.analysis.probe import (CHANGES, KINDS, MORE, WHATS, Arm, Curve, Seen, Strip, align_looks, arms_of, as_steps, attention_strips, attention_weights, by_frames, calibration_error, changes, channel_frame,
-                          channel_strips, column, confusion, differing, each, edits, find_teacher, frames_table, fusion_frame, held_out, keep, layer_names, legend_of, look, loss_terms, mark_disagreement,
-                          missed, not_comparable, over_seeds, over_tracks, picture, plot_alike_accurate, plot_by_step, plot_changes, plot_channels, plot_confusion, plot_frames, plot_fusion, plot_groups, plot_heads, plot_layers,
-                          plot_plates, plot_reliability, plot_runs, plot_strips, plot_terms, read_curve, reliability, run_looks, series, smoothing, tap_strips, taught_by_others, unique_labels, widest_channels, wrapped)
+from kdocr.analysis.probe import (CHANGES, STRIP_STYLES, EXTRA_COLOURS, QUANTITIES, CurveArm, Curve, CheckpointProbe,
+                                  Strip, align_probes, arms_of, as_steps, attention_strips, attention_weights,
+                                  by_frames, calibration_error, changes, channel_frame, channel_strips, column,
+                                  confusion, mark_differences, each, edits, find_teacher, frames_table, fusion_frame,
+                                  held_out, save_plot, layer_names, legend_of, probe, loss_terms, mark_disagreement,
+                                  missed, not_comparable, over_seeds, over_tracks, plate_image, plot_alike_accurate,
+                                  plot_by_step, plot_changes, plot_channels, plot_confusion, plot_frames,
+                                  plot_fusion, plot_groups, plot_heads, plot_layers, plot_plates, plot_reliability,
+                                  plot_runs, plot_strips, plot_terms, read_curve, reliability, run_styles, series,
+                                  smoothing, tap_strips, taught_by_others, unique_labels, widest_channels, wrapped)
 from small_runs import small
 
 ARMS = ['random init, control', 'random init, distilled', "teacher's weights, distilled"]
@@ -49,7 +55,7 @@ def model():
     return make_model('restran_tiny').eval()
 
 @pytest.fixture(scope='module')
-def seen(model): return look(model, randn(5, 3, 3, 32, 128), chunk=2)
+def seen(model): return probe(model, randn(5, 3, 3, 32, 128), chunk=2)
 
 
 # ---- looking
@@ -72,7 +78,7 @@ def test_fusion_weights_are_those_of_the_model(model, seen):
     with torch.no_grad(): assert torch.allclose(model.fusion.score(f).softmax(1), model.fusion.weights(f))
 
 def test_an_unknown_layer_is_named(model):
-    with pytest.raises(KdocrError, match="layer 'refinr': did you mean 'refiner'"): look(model, randn(1, 1, 3, 32, 128), ['refinr'])
+    with pytest.raises(KdocrError, match="layer 'refinr': did you mean 'refiner'"): probe(model, randn(1, 1, 3, 32, 128), ['refinr'])
 
 def test_a_foreign_model_shows_its_children():
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -86,11 +92,11 @@ def test_maps_become_lines_over_height_and_frames():
 def test_what_cannot_be_compared_is_said(seen):
     about = dict(charset='AB')
     bare = seen._replace(taps={k: v for k, v in seen.taps.items() if k != 'transformer_out'})
-    assert not_comparable(Seen(bare, about), Seen(seen, about)) == {'transformer_out': 'the student has no such tap'}
-    assert not_comparable(Seen(seen, about), Seen(bare, about)) == {'transformer_out': 'the teacher has no such tap'}
-    assert 'AC' in not_comparable(Seen(seen, dict(charset='AC')), Seen(seen, about))['logits']
+    assert not_comparable(CheckpointProbe(bare, about), CheckpointProbe(seen, about)) == {'transformer_out': 'the student has no such tap'}
+    assert not_comparable(CheckpointProbe(seen, about), CheckpointProbe(bare, about)) == {'transformer_out': 'the teacher has no such tap'}
+    assert 'AC' in not_comparable(CheckpointProbe(seen, dict(charset='AC')), CheckpointProbe(seen, about))['logits']
     longer = seen._replace(taps={'logits': randn(5, 8, 37)})
-    assert align_looks({'s': longer}, seen)['s']['logits'].shape == (5, 16, 37)
+    assert align_probes({'s': longer}, seen)['s']['logits'].shape == (5, 16, 37)
 
 
 # ---- strips
@@ -109,7 +115,7 @@ def test_strips_share_the_plates_width_and_lie_below_each_other():
     ends = [im.get_extent() for im in first.images]
     assert {e[:2] for e in map(tuple, ends)} == {(0, 128)} and all(a[2] < b[3] for a, b in zip(ends, ends[1:]))
     assert [ax.get_title(loc='left') for ax in (first, second)] == ['track_1', 'track_2'] and '0.50' in said(first) and fig._suptitle.get_text() == 'what differs'
-    assert [ax.get_xlabel() for ax in fig.axes[2:]] == [KINDS['cosine'][2], KINDS['attention'][2]]
+    assert [ax.get_xlabel() for ax in fig.axes[2:]] == [STRIP_STYLES['cosine'][2], STRIP_STYLES['attention'][2]]
     assert np.allclose(first.images[2].get_array(), np.linspace(0, 1, 16)[None])
 
 def test_channels_in_the_teachers_units():
@@ -123,7 +129,7 @@ def test_attention_strips_end_at_one():
     s, = attention_strips(1, {'teacher': randn(2, 5, 4, 16)})
     assert s.image.shape == (4, 16) and s.image.max() == 1 and s.kind == 'attention'
 
-def test_a_picture_is_in_range(): assert picture(torch.full((1, 2, 3, 4, 8), -1.), 0, 1).max() == 0 and picture(torch.ones(1, 1, 3, 4, 8), 0).min() == 1
+def test_a_picture_is_in_range(): assert plate_image(torch.full((1, 2, 3, 4, 8), -1.), 0, 1).max() == 0 and plate_image(torch.ones(1, 1, 3, 4, 8), 0).min() == 1
 
 
 # ---- frames and their figures
@@ -147,8 +153,8 @@ def test_seeds_by_step_are_their_mean_in_their_range():
     assert (lo, hi) == (2, 7)
 
 def test_groups_are_drawn_by_arm_where_their_points_are():
-    one = pd.DataFrame([dict(arm=ARMS[0], group=g, n=n, rr=r, lo=r - .02, hi=r + .02, seeds=1) for g, n, r in (('A', 10, .6), ('B', 20, .7))])
-    both = pd.concat([one, one.assign(arm=ARMS[1], rr=one.rr + .1, lo=one.rr + .05, hi=one.rr + .15, seeds=3)])
+    one = pd.DataFrame([dict(arm=ARMS[0], group=g, n=n, exact_match=r, lo=r - .02, hi=r + .02, seeds=1) for g, n, r in (('A', 10, .6), ('B', 20, .7))])
+    both = pd.concat([one, one.assign(arm=ARMS[1], exact_match=one.exact_match + .1, lo=one.exact_match + .05, hi=one.exact_match + .15, seeds=3)])
     ax = plot_groups(both, 'height')
     assert ax.get_ylim() == pytest.approx((100*.58 - 2.16, 100*.85 + 2.16)) and [t.get_text() for t in ax.get_xticklabels()] == ['A\nn=10', 'B\nn=20'] and '%' in ax.get_ylabel()
     band, = [c for c in ax.collections if hasattr(c, 'get_paths') and len(c.get_paths()[0].vertices) > 4]
@@ -192,7 +198,7 @@ def test_the_raster_marks_what_differs():
     assert [hexed(t.get_color()) for t in axes[1].texts] == ['#B2182B', '#000000'] and 'spoken –' in axes[1].get_title(loc='left') and 'blank 25%' in axes[0].get_title(loc='left')
 
 def test_alike_and_accurate():
-    f = pd.DataFrame([dict(arm=a, control=i == 0, tap=t, cka=.1 + .2*i, exact=.2*i, lo=.2*i, hi=.2*i + .1, tracks=50) for i, a in enumerate(ARMS) for t in list(TERMS)[1:]])
+    f = pd.DataFrame([dict(arm=a, control=i == 0, tap=t, cka=.1 + .2*i, exact=.2*i, lo=.2*i, hi=.2*i + .1, tracks=50) for i, a in enumerate(ARMS) for t in list(TERM_STYLES)[1:]])
     fig = plot_alike_accurate(f)
     assert len(fig.axes) == 3 and all('n = 3 runs' in ax.get_xlabel() and 'rank' not in ax.get_title(loc='left') for ax in fig.axes) and 'n = 50 tracks' in fig.axes[0].get_ylabel()
     points = [l for l in fig.axes[0].lines if l.get_marker() in 'osD']
@@ -201,16 +207,16 @@ def test_alike_and_accurate():
     seeds = plot_alike_accurate(pd.concat([f, f.assign(exact=f.exact + .01)]))
     assert [t.get_text() for t in seeds.legends[0].get_texts()] == ARMS and 'n = 6 runs' in seeds.axes[0].get_xlabel() # a name an arm, a point a run
     many = pd.concat([f.assign(arm=f.arm + str(i)) for i in range(6)])
-    assert len({(v['color'], v['marker'], v['linestyle']) for v in run_looks(many.arm).values()}) == 18 # more runs than markers
+    assert len({(v['color'], v['marker'], v['linestyle']) for v in run_styles(many.arm).values()}) == 18 # more runs than markers
 
 def test_looks_do_not_meet_terms():
-    looks = run_looks([f'random init, distilled, seed {i}' for i in range(5)])
-    assert len({v['color'] for v in looks.values()}) == 5 and not set(MORE) & {c for _, c in TERMS.values()}
-    assert {v['color'] for v in run_looks(['HR teacher']).values()} == {'black'}
+    looks = run_styles([f'random init, distilled, seed {i}' for i in range(5)])
+    assert len({v['color'] for v in looks.values()}) == 5 and not set(EXTRA_COLOURS) & {c for _, c in TERM_STYLES.values()}
+    assert {v['color'] for v in run_styles(['HR teacher']).values()} == {'black'}
 
 def test_saved_once_laid_out(tmp_path):
     fig = plt.figure()
-    assert keep(fig, tmp_path, 'x').read_bytes()[1:4] == b'PNG' and (tmp_path/'x.pdf').read_bytes()[:4] == b'%PDF'
+    assert save_plot(fig, tmp_path, 'x').read_bytes()[1:4] == b'PNG' and (tmp_path/'x.pdf').read_bytes()[:4] == b'%PDF'
 
 
 # ---- the loss
@@ -221,13 +227,13 @@ def log():
     steps = pd.DataFrame(dict(step=range(1, n + 1), loss=10., ctc=4., lr=1e-3))
     for k, w in (('logits', 1.), ('backbone_out', 2.), ('logits_kl', 3.)): steps[f'kd_{k}'], steps[f'kd_{k}_weighted'] = 2*w, w
     probe = steps.step % 20 == 0
-    return pd.concat([steps.assign(kd_logits_grad=np.where(probe, 5., np.nan), kd_logits_grad_cosine=np.where(probe, -.5, np.nan), ctc_grad=np.where(probe, 2., np.nan)),
-                      pd.DataFrame(dict(step=[30, 60], val_rr=[.1, .6]))], ignore_index=True)
+    return pd.concat([steps.assign(kd_logits_grad=np.where(probe, 5., np.nan), kd_logits_grad_cos=np.where(probe, -.5, np.nan), ctc_grad=np.where(probe, 2., np.nan)),
+                      pd.DataFrame(dict(step=[30, 60], val_exact_match=[.1, .6]))], ignore_index=True)
 
 def test_terms_keep_their_order_and_colours(log):
     found = loss_terms(log)
     assert [(t.key, t.kind, t.label) for t in found] == [('ctc', 'ctc', 'CTC'), ('backbone_out', 'mse', 'backbone'), ('logits', 'mse', 'logits'), ('logits_kl', 'kl', 'logits, kl')]
-    assert [t.colour for t in found] == [TERMS[t.tap][1] for t in found] and found[2].line != found[3].line
+    assert [t.colour for t in found] == [TERM_STYLES[t.tap][1] for t in found] and found[2].line != found[3].line
     assert [t.key for t in loss_terms(log[['step', 'ctc']])] == ['ctc'] and loss_terms() == []
     assert loss_terms(pd.DataFrame(columns=['step', 'kd_other_weighted']))[0].label == 'other'
 
@@ -256,24 +262,24 @@ def test_arms_join_seeds(log):
 
 @pytest.mark.parametrize('what, drawn', [('raw', 4), ('weighted', 4), ('share', 4), ('grad', 2), ('cosine', 1)])
 def test_terms_are_drawn_where_measured(log, what, drawn):
-    ax = plot_terms(Arm('a', [log]), what, logy=what in ('raw', 'grad'))
+    ax = plot_terms(CurveArm('a', [log]), what, logy=what in ('raw', 'grad'))
     own = lines(ax)
     assert len(own) == drawn and [hexed(l.get_color()) for l in own] == [t.colour for t in loss_terms(log) if series(log, t.key, what) is not None]
-    assert ax.get_ylabel().startswith(WHATS[what]) and ax.get_yscale() == ('log' if what in ('raw', 'grad') else 'linear') and f"n = {3 if what in ('grad', 'cosine') else 60}" in ax.get_xlabel()
+    assert ax.get_ylabel().startswith(QUANTITIES[what]) and ax.get_yscale() == ('log' if what in ('raw', 'grad') else 'linear') and f"n = {3 if what in ('grad', 'cosine') else 60}" in ax.get_xlabel()
     assert ax.get_legend().get_title().get_text() == 'every point'
 
 def test_a_band_over_seeds_and_a_smoothing_with_a_name(log):
-    ax = plot_terms(Arm('a', [log, log.assign(ctc=6.)]), 'raw', window=5)
+    ax = plot_terms(CurveArm('a', [log, log.assign(ctc=6.)]), 'raw', window=5)
     assert len(ax.collections) == 4 and lines(ax)[0].get_ydata()[10] == 5 and ax.get_legend().get_title().get_text() == 'running median of 5 points; band: range of 2 seeds'
 
 def test_nothing_measured_draws_nothing_and_says_so(log):
     for what in ('grad', 'cosine'):
-        ax = plot_terms(Arm('a', [log[['step', 'ctc']]]), what, ax=plt.subplots()[1])
+        ax = plot_terms(CurveArm('a', [log[['step', 'ctc']]]), what, ax=plt.subplots()[1])
         assert not lines(ax) and ax.get_legend() is None and said(ax) == ['not measured'] and 'n =' not in ax.get_xlabel()
-    assert said(plot_runs([Arm('a', [log])], column('nothing'), 'nothing', ax=plt.subplots()[1])) == ['not measured']
+    assert said(plot_runs([CurveArm('a', [log])], column('nothing'), 'nothing', ax=plt.subplots()[1])) == ['not measured']
 
 def test_runs_overlaid(log):
-    ax = plot_runs([Arm(ARMS[0], [log]), Arm(ARMS[1], [log]), Arm(ARMS[2], [log[['step', 'ctc']]])], column('val_rr', 100), 'exact match (%)')
+    ax = plot_runs([CurveArm(ARMS[0], [log]), CurveArm(ARMS[1], [log]), CurveArm(ARMS[2], [log[['step', 'ctc']]])], column('val_exact_match', 100), 'exact match (%)')
     assert [l.get_label() for l in lines(ax)] == ARMS[:2] and [l.get_linestyle() for l in lines(ax)] == ['--', '-'] and list(lines(ax)[0].get_ydata()) == [10, 60]
 
 def test_logs_that_are_none(tmp_path):
@@ -303,7 +309,7 @@ def test_confusions_count_every_character_once():
     assert plot_confusion(confusion([]), ax=plt.subplots()[1]).axes.get_title(loc='left').startswith('n = 0')
 
 def test_wrong_parts_stand_in_brackets():
-    assert [differing('ABC', p) for p in ('ABC', 'A8C', 'AC', 'ABXC', '')] == ['ABC', 'A[8]C', 'A[]C', 'AB[X]C', '[]']
+    assert [mark_differences('ABC', p) for p in ('ABC', 'A8C', 'AC', 'ABXC', '')] == ['ABC', 'A[8]C', 'A[]C', 'AB[X]C', '[]']
 
 def test_calibration_by_hand():
     preds = [Prediction(str(i), 'A', 'A' if i < 3 else 'B', .75) for i in range(4)] + [Prediction('x', 'A', 'B', 1.)] * 4
@@ -332,7 +338,7 @@ def test_a_grid_of_plates():
 def test_frames_have_intervals():
     right, wrong = Prediction('a', 'A', 'A', 1), Prediction('b', 'A', 'B', 1)
     t = frames_table({ARMS[0]: {1: [right, wrong], 2: [right, right]}, ARMS[1]: {1: [wrong, wrong], 2: []}})
-    assert t.rr.tolist() == [.5, 1, 0] and tuple(t.iloc[0][['lo', 'hi']]) == pytest.approx(wilson(1, 2))
+    assert t.exact_match.tolist() == [.5, 1, 0] and tuple(t.iloc[0][['lo', 'hi']]) == pytest.approx(wilson(1, 2))
     ax = plot_frames(t)
     assert [list(c.lines[0].get_ydata()) for c in ax.containers] == [[50, 100], [0]] and 'n = 2 tracks' in ax.get_xlabel()
 
@@ -391,7 +397,7 @@ def test_errors_goes_on_with_the_rest(results, tmp_path):
 def test_loss_curves_goes_on_with_the_rest(results, tmp_path):
     shutil.copytree(results/'distilled_0', tmp_path/'probed') # where the terms' gradients were measured
     rows = [json.loads(l) for l in (results/'distilled_0/metrics.jsonl').read_text().splitlines()]
-    (tmp_path/'probed/metrics.jsonl').write_text(''.join(json.dumps(dict(r, kd_logits_grad=1., kd_logits_grad_cosine=.1, ctc_grad=2.) if 'ctc' in r else r) + '\n' for r in rows))
+    (tmp_path/'probed/metrics.jsonl').write_text(''.join(json.dumps(dict(r, kd_logits_grad=1., kd_logits_grad_cos=.1, ctc_grad=2.) if 'ctc' in r else r) + '\n' for r in rows))
     text, png, pdf = executed('loss_curves', tmp_path/'out', [tmp_path/'probed', *(results/n for n in NAMES if n != 'distilled_0')])
     assert 'empty: not a run folder' in text and any('not finished' in l and 'unfinished: at step 4' in l for l in text.split('\n'))
     assert png == pdf >= {'loss_curves', 'terms_over_runs', 'accuracy_curves', 'gradients'} and 'gradients of the terms were not measured in: ' in text

@@ -12,8 +12,9 @@ import kdocr.data.batches
 from kdocr.data.augment import draw_geometry, warp
 from kdocr.config import load_config
 from kdocr.core import KdocrError
-from kdocr.data.batches import ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset, NotFixed, count_views, open_data, rows_of, settle, teacher_view
-from kdocr.data.icpr import index
+from kdocr.data.batches import (ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset, NotFixed, count_views, open_data,
+                                rows_of, to_device_memory, teacher_view)
+from kdocr.data.icpr import index_data
 from kdocr.data.pack import Pack
 
 CPU = torch.device('cpu')
@@ -49,10 +50,10 @@ def plates(tmp_path):
 
 
 @pytest.fixture
-def tracks(plates): return index(plates).train
+def tracks(plates): return index_data(plates).train
 
 
-def small(tmp_path, plates, **values): return load_config(**{**dict(out=tmp_path/'out', data=plates, val_share=.25, batch_size=4), **values})
+def small(tmp_path, plates, **values): return load_config(**{**dict(out=tmp_path/'out', data=plates, val_frac=.25, batch_size=4), **values})
 
 
 def by_hand(n, lr, hr, degraded=None):
@@ -61,11 +62,11 @@ def by_hand(n, lr, hr, degraded=None):
     return Pack('in memory', [f't{i}' for i in range(n)], texts(n), ['Brazilian'] * n, ['B'] * n, heights, lr, hr, degraded, {})
 
 
-def numbered(n=12, views=2):
+def numbered(n=12, n_degraded=2):
     "Every frame is one grey level that tells its track and frame: LR 5i+f, HR 60+5i+f, degraded 120+5i+f."
     level = (np.arange(5 * n).reshape(n, 5)).astype(np.uint8)[..., None, None, None] # (n,5,1,1,1)
     level = np.broadcast_to(level, (n, 5, 32, 128, 3))
-    return by_hand(n, level, level + 60, np.stack([level + 120] * views, 1))
+    return by_hand(n, level, level + 60, np.stack([level + 120] * n_degraded, 1))
 
 
 def grey(images): return (images[:, :, 0, 0, 0] * 127.5 + 127.5).round().int() # (b,f)
@@ -114,7 +115,7 @@ def test_warp_puts_pixels_where_theta_says():
 def test_student_and_teacher_see_one_geometry_and_the_student_a_light_of_its_own():
     spots = np.broadcast_to(blobs()[None, None, ..., None], (16, 5, 32, 128, 3))
     pack = by_hand(16, (60 + 90 * spots).round().astype(np.uint8), (20 + 200 * spots).round().astype(np.uint8)) # two cameras, one plate
-    batch = ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=2, augment=1., seed=3).batch(torch.arange(16), 5, CPU)
+    batch = ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=2, aug_strength=1., seed=3).batch(torch.arange(16), 5, CPU)
     moved, light = [], []
     for s, t in zip(batch.images.mean(2).flatten(0, 1).numpy(), batch.clean_hr.mean(2).flatten(0, 1).numpy()):
         ink = abs(s - np.median(s))
@@ -130,7 +131,7 @@ def test_student_and_teacher_see_one_geometry_and_the_student_a_light_of_its_own
 def test_no_strength_no_change():
     pack = numbered()
     plain = ICPR_LPR_Distill_Dataset(pack, pack.keys, train=False).batch(torch.arange(12), 0, CPU)
-    off = ICPR_LPR_Distill_Dataset(pack, pack.keys, augment=1., train=False).batch(torch.arange(12), 9, CPU)
+    off = ICPR_LPR_Distill_Dataset(pack, pack.keys, aug_strength=1., train=False).batch(torch.arange(12), 9, CPU)
     assert torch.equal(plain.images, off.images) and torch.equal(plain.clean_hr, off.clean_hr)
 
 
@@ -138,7 +139,7 @@ def test_no_strength_no_change():
 
 def test_a_batch_is_a_function_of_rows_seed_and_step():
     pack = numbered()
-    def make(seed=0): return ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=3, augment=1., seed=seed, student_input='mix')
+    def make(seed=0): return ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=3, aug_strength=1., seed=seed, student_input='mix')
     rows = torch.tensor([7, 0, 3, 3])
     first, other = make().batch(rows, 11, CPU), make()
     for step in (4, 12): other.batch(rows, step, CPU)
@@ -177,7 +178,7 @@ def test_training_draws_distinct_frames_and_pairs_them_by_number():
 @pytest.mark.parametrize('how, share', [('lr', 0.), ('degraded', 1.), ('mix', .25)])
 def test_a_degraded_input_is_a_copy_of_the_very_frame_that_the_teacher_sees(how, share):
     pack = numbered()
-    data = ICPR_LPR_Distill_Dataset(pack, pack.keys, student_input=how, degraded_share=.25)
+    data = ICPR_LPR_Distill_Dataset(pack, pack.keys, student_input=how, degraded_frac=.25)
     ours = [(grey(b.images) - grey(b.clean_hr)).flatten().tolist() for b in (data.batch(torch.arange(12), s, CPU) for s in range(20))]
     count = Counter(sum(ours, []))
     assert set(count) <= {-60, 60} and abs(count[60] / 240 - share) < .08
@@ -196,7 +197,7 @@ def test_the_key_and_the_height_travel_with_the_picture():
 def test_joined_plates_have_new_texts_and_one_cut_for_student_and_teacher():
     noise = np.random.default_rng(0).integers(0, 256, (2, 12, 5, 32, 128, 3), dtype=np.uint8)
     pack = by_hand(12, *noise)
-    def batch(share, step=3, **kw): return ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=2, recombine=share, **kw).batch(torch.arange(12), step, CPU)
+    def batch(share, step=3, **kw): return ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=2, recombine_p=share, **kw).batch(torch.arange(12), step, CPU)
     plain, joined = batch(0.), batch(1.)
     text = dict(zip(plain.keys, plain.texts))
     for i, (key, said) in enumerate(zip(joined.keys, joined.texts)):
@@ -210,7 +211,7 @@ def test_joined_plates_have_new_texts_and_one_cut_for_student_and_teacher():
 
 
 def test_a_batch_without_a_teacher_is_a_standard_one():
-    b = ICPR_LPR_Distill_Dataset(numbered(), ['t0'], augment=1., clean_hr_guided=False).batch(torch.tensor([0]), 0, CPU)
+    b = ICPR_LPR_Distill_Dataset(numbered(), ['t0'], aug_strength=1., clean_hr_guided=False).batch(torch.tensor([0]), 0, CPU)
     assert b.clean_hr is None and b.to('cpu').images.shape == (1, 1, 3, 32, 128)
 
 
@@ -220,7 +221,7 @@ def test_what_cannot_be_served_is_refused_by_name():
     def refused(match): return pytest.raises(KdocrError, match=match)
     with refused('no HR frames'): ICPR_LPR_HR_Dataset(bare, bare.keys)
     with refused('clean_hr_guided: false'): ICPR_LPR_Distill_Dataset(bare, bare.keys)
-    with refused('views'): ICPR_LPR_Distill_Dataset(by_hand(12, full.lr, full.hr), full.keys, student_input='mix')
+    with refused("n_degraded"): ICPR_LPR_Distill_Dataset(by_hand(12, full.lr, full.hr), full.keys, student_input='mix')
     with refused('known: lr, degraded, mix'): ICPR_LPR_Distill_Dataset(full, full.keys, student_input='low')
     with refused('frames: 6'): ICPR_LPR_HR_Dataset(full, full.keys, frames=6)
 
@@ -280,7 +281,7 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
 # ---------------------------------------------------------------- views that can be counted, pictures that are at hand
 
 @pytest.mark.parametrize('frames', [1, 2, 5])
-@pytest.mark.parametrize('how', [dict(augment=1., geometry_views=3), dict(augment=0.), dict(augment=1., geometry_views=2, student_input='mix')])
+@pytest.mark.parametrize('how', [dict(aug_strength=1., n_fixed_augs=3), dict(aug_strength=0.), dict(aug_strength=1., n_fixed_augs=2, student_input='mix')])
 def test_a_named_view_is_what_the_batch_shows_the_teacher(frames, how):
     noise = np.random.default_rng(0).integers(0, 256, (2, 12, 5, 32, 128, 3), dtype=np.uint8)
     pack = by_hand(12, *noise, degraded=noise[:1].transpose(1, 0, 2, 3, 4, 5))
@@ -292,7 +293,7 @@ def test_a_named_view_is_what_the_batch_shows_the_teacher(frames, how):
     assert seen == set(range(count_views(data))), 'every view is shown, and no other'
 
 
-@pytest.mark.parametrize('how, why', [(dict(augment=1.), 'geometry_views'), (dict(recombine=.5), 'recombine'), (dict(clean_hr_guided=False), 'clean_hr_guided')])
+@pytest.mark.parametrize('how, why', [(dict(aug_strength=1.), 'n_fixed_augs'), (dict(recombine_p=.5), 'recombine_p'), (dict(clean_hr_guided=False), 'clean_hr_guided')])
 def test_a_view_that_is_drawn_anew_has_no_number(how, why):
     pack = numbered()
     data = ICPR_LPR_Distill_Dataset(pack, pack.keys, **how)
@@ -302,9 +303,9 @@ def test_a_view_that_is_drawn_anew_has_no_number(how, why):
 
 def test_pictures_in_memory_and_in_files_give_the_same_batches():
     pack = numbered()
-    def make(): return ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=2, augment=1., student_input='mix')
+    def make(): return ICPR_LPR_Distill_Dataset(pack, pack.keys, frames=2, aug_strength=1., student_input='mix')
     mapped, held = make(), make()
-    assert settle([mapped], 'cpu') == 0 and settle([held, None], 'cpu', 'device') == pack.lr.nbytes + pack.hr.nbytes + pack.degraded.nbytes
+    assert to_device_memory([mapped], 'cpu') == 0 and to_device_memory([held, None], 'cpu', 'device') == pack.lr.nbytes + pack.hr.nbytes + pack.degraded.nbytes
     for step in range(3):
         a, b = (d.batch(torch.arange(12), step) for d in (mapped, held))
         assert torch.equal(a.images, b.images) and torch.equal(a.clean_hr, b.clean_hr) and a.keys == b.keys
@@ -314,11 +315,11 @@ def test_pictures_that_do_not_fit_are_refused_before_they_are_copied(monkeypatch
     data = ICPR_LPR_HR_Dataset(numbered(), ['t0'])
     monkeypatch.setattr(kdocr.data.batches, 'free_memory', lambda device: 1_000)
     monkeypatch.setattr(torch, 'from_numpy', None)
-    with pytest.raises(KdocrError, match='keep: device, but the packed pictures need .* keep: mapped'): settle([data], 'cpu', 'device')
-    assert settle([data], torch.device('cuda'), 'auto') == 0, 'read from the files instead'
+    with pytest.raises(KdocrError, match='data_on: device, but the packed pictures need .* data_on: disk'): to_device_memory([data], 'cpu', 'device')
+    assert to_device_memory([data], torch.device('cuda'), 'auto') == 0, 'read from the files instead'
 
 
-@pytest.mark.parametrize('how', [dict(augment=1.), dict(augment=1., geometry_views=2, student_input='mix'), dict(augment=1., recombine=.7), dict(frames=3)])
+@pytest.mark.parametrize('how', [dict(aug_strength=1.), dict(aug_strength=1., n_fixed_augs=2, student_input='mix'), dict(aug_strength=1., recombine_p=.7), dict(frames=3)])
 def test_the_parts_of_a_batch_are_the_batch(how):
     noise = np.random.default_rng(0).integers(0, 256, (2, 12, 5, 32, 128, 3), dtype=np.uint8)
     pack = by_hand(12, *noise, degraded=noise[:1].transpose(1, 0, 2, 3, 4, 5))

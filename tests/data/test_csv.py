@@ -12,7 +12,7 @@ from kdocr.cli import main
 from kdocr.config import load_config
 from kdocr.core import KdocrError, read_json
 from kdocr.data.batches import open_data
-from kdocr.data.icpr import beside, check, index, make_split, text_faults
+from kdocr.data.icpr import hidden_folder, check, index_data, make_split, text_faults
 from kdocr.data.pack import open_pack
 from kdocr.training.train_kd import main as train_kd
 
@@ -38,7 +38,7 @@ def words(tmp_path):
     return write(root/'pairs.csv', [f'près/{i}.png,loin/{i}.jpg,{w}' for i, w in enumerate(WORDS)])
 
 
-def faults(path): return [str(f).removeprefix(f'{path}:') for f in index(path).faults]
+def faults(path): return [str(f).removeprefix(f'{path}:') for f in index_data(path).faults]
 
 
 # ---------------------------------------------------------------- charset
@@ -62,21 +62,21 @@ def test_a_charset_file_that_is_not_there():
 
 # ---------------------------------------------------------------- the list
 def test_pairs(words):
-    found = index(words)
+    found = index_data(words)
     assert not found.faults and [t.text for t in found.train] == WORDS and not found.test and not found.val
     assert found.train[2].hr == (words.parent/'près/2.png',) and found.train[2].lr == (words.parent/'loin/2.jpg',)
     assert [k for k in found.pictures.values()] == ['lr', 'hr'] * 12
     assert text_faults(found, Charset(CHARS), 16) == {}
-    again = index(words)
+    again = index_data(words)
     assert again.fingerprint == found.fingerprint
     write(words, [f'près/{i}.png,loin/{i}.jpg,{w}' for i, w in enumerate(WORDS[:-1])])
-    assert index(words).fingerprint != found.fingerprint
+    assert index_data(words).fingerprint != found.fingerprint
 
 
 def test_frames_of_a_track_and_parts(words):
     rows = [f'près/{i}.png,loin/{i}.jpg,{"ab" if i < 3 else WORDS[i]},{"t1" if i < 3 else ""},{s},{c}'
             for i, s, c in [(0, '', 'dry'), (1, '', 'dry'), (2, '', 'dry'), (3, 'train', 'wet'), (4, 'val', 'wet'), (5, 'test', 'wet')]]
-    found = index(write(words, rows, 'hr,lr,text,track,split,scenario'))
+    found = index_data(write(words, rows, 'hr,lr,text,track,split,scenario'))
     assert not found.faults and [t.key for t in found.train] == ['t1', 'loin/3.jpg', 'loin/4.jpg'] and [t.key for t in found.test] == ['loin/5.jpg']
     assert [p.name for p in found.train[0].lr] == ['0.jpg', '1.jpg', '2.jpg'] and [p.name for p in found.train[1].lr] == ['3.jpg'] * 3
     assert found.val == {'loin/4.jpg'} and {t.scenario for t in found.train} == {'dry', 'wet'}
@@ -89,7 +89,7 @@ def test_frames_of_a_track_and_parts(words):
 
 def test_a_text_that_validates_trains_nowhere(words):
     rows = [f'près/{i}.png,loin/{i}.jpg,{w},{s}' for i, (w, s) in enumerate([('ab', ''), ('ab', 'val'), ('bb', ''), ('da', 'val'), ('da', 'test')])]
-    found = index(write(words, rows, 'hr,lr,text,split'))
+    found = index_data(write(words, rows, 'hr,lr,text,split'))
     split = make_split(found.train, test_texts={'da'}, named=found.val)
     assert (split.train, split.val, split.left_out) == (('loin/2.jpg',), ('loin/1.jpg',), ('loin/0.jpg', 'loin/3.jpg'))
 
@@ -106,7 +106,7 @@ def test_a_validation_part_that_the_data_change_later_is_refused(words):
 
 def test_pictures_without_partners_get_lr_frames_drawn(words):
     write(words, [f'près/{i}.png,{w}' for i, w in enumerate(WORDS)], 'image,text')
-    found = index(words)
+    found = index_data(words)
     assert not found.faults and found.train[0].lr == () and len(found.train[0].hr) == 1 and found.train[0].key == 'près/0.png'
     data = open_data(load_config(data=words, charset=CHARS, out=words.parent/'out', mode='student', distill_weight=0))
     pack = data.train.pack
@@ -124,29 +124,29 @@ def test_lr_alone_serves_a_reader_and_no_teacher(words):
 @pytest.mark.parametrize('columns, said', [('hr,lr,txt', "column 'txt': did you mean 'text'"), ('hr,text,text', 'two columns are called text'), ('lr,hr', 'needed are the columns hr,lr,text or image,text; there are lr,hr'),
                                            ('text', 'needed are the columns'), ('image,lr,text', 'image is a picture without a partner'), ('hr,lr,text', 'no rows')])
 def test_columns(tmp_path, columns, said):
-    with pytest.raises(KdocrError, match=rf'x\.csv: .*{said}'): index(write(tmp_path/'x.csv', [], columns))
+    with pytest.raises(KdocrError, match=rf'x\.csv: .*{said}'): index_data(write(tmp_path/'x.csv', [], columns))
 
 
 def test_columns_in_capitals(words):
     write(words, [f'près/{i}.png,loin/{i}.jpg,{w}' for i, w in enumerate(WORDS)], 'HR, LR ,Text')
-    assert not index(words).faults and len(index(words).train) == 12
+    assert not index_data(words).faults and len(index_data(words).train) == 12
 
 
 @pytest.mark.parametrize('mark', [';', '\t', '|'])
 def test_cells_that_no_comma_divides(tmp_path, mark):
-    with pytest.raises(KdocrError, match='x.csv: its cells are divided by .*; a comma is needed'): index(write(tmp_path/'x.csv', [], f'hr{mark}lr{mark}text'))
+    with pytest.raises(KdocrError, match='x.csv: its cells are divided by .*; a comma is needed'): index_data(write(tmp_path/'x.csv', [], f'hr{mark}lr{mark}text'))
 
 
 def test_not_a_csv(tmp_path):
     (tmp_path/'x.csv').write_bytes(b'hr,lr,text\n\xff,a,b\n')
-    with pytest.raises(KdocrError, match='x.csv: not a CSV in UTF-8'): index(tmp_path/'x.csv')
+    with pytest.raises(KdocrError, match='x.csv: not a CSV in UTF-8'): index_data(tmp_path/'x.csv')
 
 
 def test_bad_rows_are_named_with_their_line(words):
     (words.parent/'empty.png').touch()
     rows = ['près/0.png,loin/0.jpg,ab,,', 'près/99.png,loin/1.jpg,da,,', 'près/2.png,loin/2.jpg,,,', 'empty.png,loin/3.jpg,nu,,', 'près/4.png,loin/0.jpg,ab,,', ',loin/5.jpg,ab,,',
             'près/6.png,loin/6.jpg,ab,,vall', 'près/7.png,loin/7.jpg', 'près/8.png,loin/8.jpg,ab,t,', 'près/9.png,loin/9.jpg,bb,t,']
-    found = index(write(words, rows, 'hr,lr,text,track,split'))
+    found = index_data(write(words, rows, 'hr,lr,text,track,split'))
     assert faults(words) == ['3: près/99.png: No such file or directory', '4: the text is empty', '5: empty.png: empty file (0 bytes)', '6: loin/0.jpg stands on line 2 already', '7: no path under hr',
                              "8: split 'vall': did you mean 'val'?", '9: 2 cells, the header has 5', '9: the text is empty', "11: text 'bb', but an earlier row of track 't' has 'ab'"]
     assert not found.train # the first picture stands on two lines: nobody knows which is meant
@@ -160,7 +160,7 @@ def test_a_path_that_no_file_can_have(words):
 def test_a_name_on_disk_is_taken_as_it_is(words):
     "A decomposed ü in a file's name is not the composed one; in a text it is."
     picture(words.parent/'u\u0308.png', 'nu', (120, 40))
-    found = index(write(words, ['u\u0308.png,e\u0301te\u0301'], 'image,text'))
+    found = index_data(write(words, ['u\u0308.png,e\u0301te\u0301'], 'image,text'))
     assert not found.faults and found.train[0].text == 'été'
 
 
@@ -177,13 +177,13 @@ def test_texts_that_cannot_be_learnt(words):
     rows += ['près/4.png,loin/4.jpg,ba', 'près/5.png,loin/5.jpg,nu']
     data = open_data(load_config(**cfg | dict(data=write(words, rows)), skip_faulty=True, width=128))
     assert {*data.train.texts, *data.val.texts} <= {'ab', 'ba', 'nu'} and len(data.train) + len(data.val) == 3 - len(set(data.split.left_out))
-    assert not text_faults(index(words), Charset(CHARS + 'X'), 24)
+    assert not text_faults(index_data(words), Charset(CHARS + 'X'), 24)
 
 
 def test_recombine_is_for_plates(words):
-    with pytest.raises(KdocrError, match=r"recombine: .* 'ab' is no plate .*pairs.csv:2"): open_data(load_config(data=words, charset=CHARS, out=words.parent/'out', recombine=.3))
+    with pytest.raises(KdocrError, match=r"recombine_p: .* 'ab' is no plate .*pairs.csv:2"): open_data(load_config(data=words, charset=CHARS, out=words.parent/'out', recombine_p=.3))
     write(words, [f'près/{i}.png,loin/{i}.jpg,{w}' for i, w in enumerate(['ABC1234', 'DEF5G67', 'HIJ8901'])])
-    assert open_data(load_config(data=words, out=words.parent/'out', recombine=.3, val_share=.4)).train.recombine == .3
+    assert open_data(load_config(data=words, out=words.parent/'out', recombine_p=.3, val_frac=.4)).train.recombine_p == .3
 
 
 def test_check_from_the_command_line(words, capsys):
@@ -199,26 +199,26 @@ def test_check_from_the_command_line(words, capsys):
 # ---------------------------------------------------------------- the whole way
 def test_teacher_and_student_of_another_charset(words, capsys):
     assert main(['pack', str(words)]) == 0
-    pack = next((beside(words)/'.kdocr').glob('train-*'))
+    pack = next((hidden_folder(words)/'.kdocr').glob('train-*'))
     assert open_pack(pack).lr.shape == (12, 1, 32, 128, 3)
     out = words.parent/'résultats'
-    flags = ['--data', str(words), '--charset', str(words.parent/'chars.txt'), '--out', str(out), '--steps', '4', '--batch-size', '4', '--val-share', '.3', '--eval-every', '2', '--device', 'cpu']
+    flags = ['--data', str(words), '--charset', str(words.parent/'chars.txt'), '--out', str(out), '--steps', '4', '--batch-size', '4', '--val-frac', '.3', '--eval-every', '2', '--device', 'cpu']
     assert train_kd([*flags, '--mode', 'teacher', '--name', 'lehrer']) == 0
     assert train_kd([*flags, '--mode', 'student', '--name', 'schüler', '--teacher-ckpt', str(out/'lehrer_best.pth'), '--distill-weight', '.5']) == 0
     assert 'right' in capsys.readouterr().out
-    assert len([*(beside(words)/'.kdocr').glob('train-*')]) == 1 # the pack that was there served
+    assert len([*(hidden_folder(words)/'.kdocr').glob('train-*')]) == 1 # the pack that was there served
     for run in ('lehrer', 'schüler'):
         scores = read_json(out/run/'scores.json')
-        assert 2 <= scores['val']['n'] <= 5 and 0 <= scores['val']['rr'] <= 1 and scores['step'] in (2, 4)
+        assert 2 <= scores['val']['n'] <= 5 and 0 <= scores['val']['exact_match'] <= 1 and scores['step'] in (2, 4)
     rows = [json.loads(l) for l in (out/'schüler'/'metrics.jsonl').read_text().splitlines()]
     assert [r['step'] for r in rows if 'kd_logits' in r] == [1, 2, 3, 4] and all(np.isfinite(r['loss']) for r in rows if 'loss' in r)
-    assert read_json(beside(words)/'split.json')['hash'] and not (words.parent/'split.json').exists()
+    assert read_json(hidden_folder(words)/'split.json')['hash'] and not (words.parent/'split.json').exists()
 
 
 def test_a_folder_is_as_it_was(competition):
     "The competition's layout goes its old way."
-    assert not index(competition).lines and beside(competition) == competition
+    assert not index_data(competition).lines and hidden_folder(competition) == competition
     report = check(competition)
     assert not report.faults and 'train Scenario-B' in str(report)
     write_track(competition/'test/track_30001', 'ABC1234', '.jpg', hr=False)
-    assert [t.text for t in index(competition).test][-1] is None
+    assert [t.text for t in index_data(competition).test][-1] is None

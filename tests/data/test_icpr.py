@@ -14,7 +14,7 @@ from kdocr.data import icpr
 from kdocr.charset import Charset
 from kdocr.cli import main
 from kdocr.core import KdocrError, digest
-from kdocr.data.icpr import Track, check, index, make_split, read_image, read_sealed, shared_split, write_sealed
+from kdocr.data.icpr import Track, check, index_data, make_split, read_image, read_sealed, shared_split, write_sealed
 
 A, B = 'train/Scenario-A', 'train/Scenario-B'
 
@@ -24,7 +24,7 @@ def named(faults): return sorted(f'{f.path}: {f.what}' for f in faults)
 
 # ---------------------------------------------------------------- what is there
 def test_both_scenarios_and_the_test_part(competition):
-    found = index(competition)
+    found = index_data(competition)
     assert not found.faults
     assert Counter((t.scenario, t.layout) for t in found.train) == {('A', 'Brazilian'): 2, ('A', 'Mercosur'): 2, ('B', 'Brazilian'): 4, ('B', 'Mercosur'): 4}
     assert {t.text for t in found.train} == {*DAY, *NIGHT} and [t.text for t in found.test] == TEST
@@ -37,19 +37,19 @@ def test_both_scenarios_and_the_test_part(competition):
 
 def test_index_decodes_nothing(competition, monkeypatch):
     monkeypatch.setattr(icpr.cv2, 'imdecode', None)
-    assert len(index(competition).train) == 12
+    assert len(index_data(competition).train) == 12
 
 
 @pytest.mark.parametrize('top', ['', 'wYe7pBJ7-train-1', 'a/b/LRLPR test data/unpacked'])
 def test_varying_top_folders(competition, tmp_path, top):
     shutil.move(competition, tmp_path/'any'/top/'data')
-    found = index(tmp_path/'any')
+    found = index_data(tmp_path/'any')
     assert (len(found.train), len(found.test), found.faults) == (12, 3, []) and found.test[0].text == TEST[0]
 
 
 @pytest.mark.parametrize('part, train, test', [('train', 12, 0), ('test', 0, 3), (A, 4, 0), (f'{B}/Mercosur', 4, 0)])
 def test_a_part_alone(competition, part, train, test):
-    found = index(competition/part)
+    found = index_data(competition/part)
     assert (len(found.train), len(found.test), found.faults) == (train, test, [])
     assert {t.scenario for t in found.train} <= {'A', 'B'}
     assert all(t.text for t in found.test) # the labels stand beside the folder
@@ -57,9 +57,9 @@ def test_a_part_alone(competition, part, train, test):
 
 def test_labels_inside_the_test_folder_or_absent(competition):
     shutil.move(competition/'test_labels.csv', competition/'test')
-    assert [t.text for t in index(competition).test] == TEST
+    assert [t.text for t in index_data(competition).test] == TEST
     (competition/'test/test_labels.csv').unlink()
-    assert [t.text for t in index(competition).test] == [None] * 3
+    assert [t.text for t in index_data(competition).test] == [None] * 3
 
 
 @pytest.mark.parametrize('about, text, scenario', [
@@ -69,7 +69,7 @@ def test_labels_inside_the_test_folder_or_absent(competition):
     ({'text': ' NEW1A23 ', 'layout': 'Mercosur', 'corners': None}, 'NEW1A23', 'B')])
 def test_annotations_as_they_were_met_in_the_wild(tmp_path, about, text, scenario):
     annotate(write_track(tmp_path/'train/track_1', text, '.png'), about) # no folder tells scenario or layout
-    [t] = index(tmp_path).train
+    [t] = index_data(tmp_path).train
     assert (t.text, t.layout, t.scenario) == (text, 'Mercosur', scenario)
 
 
@@ -86,10 +86,10 @@ def test_pictures_are_rgb_and_of_both_formats(competition, tmp_path):
 # ---------------------------------------------------------------- what is broken
 def test_no_data(tmp_path):
     for path, said in ((tmp_path/'nowhere', 'nowhere: no such folder'), (tmp_path/'nowhere.csv', 'nowhere.csv: no such file'), (tmp_path, 'no tracks in it')):
-        with pytest.raises(KdocrError, match=said): index(path)
+        with pytest.raises(KdocrError, match=said): index_data(path)
         with pytest.raises(KdocrError, match=str(path)): check(path)
     (tmp_path/'file').touch()
-    with pytest.raises(KdocrError, match='file: neither a folder nor a .csv file'): index(tmp_path/'file')
+    with pytest.raises(KdocrError, match='file: neither a folder nor a .csv file'): index_data(tmp_path/'file')
 
 
 def break_annotations(about): return lambda f: annotate(f, about)
@@ -133,7 +133,7 @@ BROKEN = [ # track, what is done to it, the file that is named, what is said, wh
 @pytest.mark.parametrize('track, harm, file, said, at_once', BROKEN, ids=lambda x: x if isinstance(x, str) else None)
 def test_a_fault_is_named_by_its_path(competition, track, harm, file, said, at_once, capfd):
     harm(competition/track)
-    found, report = index(competition), check(competition)
+    found, report = index_data(competition), check(competition)
     [line] = named(report.faults)
     assert line.startswith(f'{competition/track/file}: ') and said in line and line in capfd.readouterr().out
     assert named(found.faults) == [line] * at_once
@@ -155,13 +155,13 @@ def test_a_doubled_name_and_a_link_that_leads_nowhere(competition):
     twin = write_track(competition/f'{B}/Mercosur/track_00001', 'NEW1A23', '.jpg')
     (competition/DARK/'lr-001.jpg').unlink()
     (competition/DARK/'lr-001.jpg').symlink_to('nowhere.jpg')
-    assert named(index(competition).faults) == sorted([f'{twin}: a second track of this name; the first is {competition/DAYLIGHT}', f'{competition/DARK}/lr-001.jpg: missing'])
+    assert named(index_data(competition).faults) == sorted([f'{twin}: a second track of this name; the first is {competition/DAYLIGHT}', f'{competition/DARK}/lr-001.jpg: missing'])
 
 
 @pytest.mark.parametrize('data, said', [(b'key,plate\n1,2\n', 'no column text nor track'), (b'', 'no column'), (b'track,text\n\xff\xfe,1\n', 'codec')])
 def test_labels_that_cannot_be_read(competition, data, said):
     (competition/'test_labels.csv').write_bytes(data)
-    [fault] = index(competition).faults
+    [fault] = index_data(competition).faults
     assert fault.path == competition/'test_labels.csv' and said in fault.what
 
 
@@ -184,19 +184,19 @@ def opened(monkeypatch):
 
 
 def test_a_kept_index_is_the_same_and_opens_no_annotation(competition, tmp_path, monkeypatch):
-    plain, first = index(competition), index(competition, tmp_path/'cache')
+    plain, first = index_data(competition), index_data(competition, tmp_path/'cache')
     seen = opened(monkeypatch)
-    assert index(competition, tmp_path/'cache') == first == plain and plain.train[0].corners and not seen
-    assert index(competition, str(tmp_path/'cache')).train[0].stamps == plain.train[0].stamps and not seen
+    assert index_data(competition, tmp_path/'cache') == first == plain and plain.train[0].corners and not seen
+    assert index_data(competition, str(tmp_path/'cache')).train[0].stamps == plain.train[0].stamps and not seen
 
 
 def test_it_does_not_matter_where_the_folder_is_mounted(competition, tmp_path, monkeypatch):
-    first, here = index(competition, tmp_path/'cache'), os.getcwd()
+    first, here = index_data(competition, tmp_path/'cache'), os.getcwd()
     shutil.move(competition, tmp_path/'elsewhere')
     seen = opened(monkeypatch)
-    moved = index(tmp_path/'elsewhere', tmp_path/'cache')
+    moved = index_data(tmp_path/'elsewhere', tmp_path/'cache')
     monkeypatch.chdir(tmp_path)
-    near = index('elsewhere', 'cache')
+    near = index_data('elsewhere', 'cache')
     assert not seen and moved.root == tmp_path/'elsewhere' and moved.train[0].lr[0].is_file() and near.test[0].lr[0].is_file()
     assert [t.corners for t in moved.train] == [t.corners for t in near.train] == [t.corners for t in first.train]
     assert moved.fingerprint == near.fingerprint == first.fingerprint
@@ -206,7 +206,7 @@ def test_a_folder_that_changes_its_part_with_its_name(tmp_path):
     for name in ('train', 'test'): # flat: only the top's name tells the part
         (at := tmp_path/name).mkdir() if name == 'train' else shutil.move(tmp_path/'train', at := tmp_path/name)
         if name == 'train': write_track(at/'track_1', 'NEW1A23', '.png')
-        assert index(at, tmp_path/'cache') == index(at)
+        assert index_data(at, tmp_path/'cache') == index_data(at)
 
 
 CHANGES = {
@@ -230,11 +230,11 @@ CHANGES = {
 
 @pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
 def test_whatever_changed_is_noticed(competition, tmp_path, change):
-    before = index(competition, tmp_path/'cache')
+    before = index_data(competition, tmp_path/'cache')
     change(competition)
-    after = index(competition)
-    assert index(competition, tmp_path/'cache') == after != before
-    assert index(competition, tmp_path/'cache') == after, 'and kept'
+    after = index_data(competition)
+    assert index_data(competition, tmp_path/'cache') == after != before
+    assert index_data(competition, tmp_path/'cache') == after, 'and kept'
 
 
 def reseal(file, **head): write_sealed(file, read_sealed(file), **{**json.loads(file.read_text().split('\n')[0] + '0}')['head'], **head})
@@ -246,29 +246,29 @@ def reseal(file, **head): write_sealed(file, read_sealed(file), **{**json.loads(
     lambda f: f.write_text(f.read_text().replace('"format": 1', '"format": 2')), lambda f: reseal(f, format=0), lambda f: reseal(f, walk='0' * 16),
     lambda f: (f.unlink(), f.symlink_to('nowhere')), lambda f: f.unlink()])
 def test_a_kept_index_that_is_not_ours_is_read_anew_and_written_again(competition, tmp_path, harm, monkeypatch):
-    plain, file = index(competition, tmp_path/'cache'), tmp_path/'cache/index.json'
+    plain, file = index_data(competition, tmp_path/'cache'), tmp_path/'cache/index.json'
     good = file.read_bytes()
     harm(file)
     seen = opened(monkeypatch)
-    assert index(competition, tmp_path/'cache') == plain and len(seen) == 12
+    assert index_data(competition, tmp_path/'cache') == plain and len(seen) == 12
     assert file.read_bytes() == good and [f.name for f in file.parent.iterdir()] == ['index.json']
 
 
 def test_a_fault_is_never_kept(competition, tmp_path, monkeypatch):
     annotate(competition/DARK, '{')
-    index(competition, tmp_path/'cache')
+    index_data(competition, tmp_path/'cache')
     seen = opened(monkeypatch)
-    assert [f.path for f in index(competition, tmp_path/'cache').faults] == seen == [competition/DARK/'annotations.json']
+    assert [f.path for f in index_data(competition, tmp_path/'cache').faults] == seen == [competition/DARK/'annotations.json']
 
 
 @pytest.mark.parametrize('why', ['forbidden', 'full', 'a file is in its place'])
 def test_a_cache_that_cannot_be_written(competition, tmp_path, monkeypatch, why):
-    cache, plain = tmp_path/'file'/'cache', index(competition)
+    cache, plain = tmp_path/'file'/'cache', index_data(competition)
     if why == 'a file is in its place': (tmp_path/'file').touch()
     else:
         def refuse(*a, **kw): raise OSError(13 if why == 'forbidden' else 28, why)
         monkeypatch.setattr(icpr, 'write_sealed', refuse)
-    assert index(competition, cache) == plain and not cache.exists()
+    assert index_data(competition, cache) == plain and not cache.exists()
 
 
 def test_files_that_changed_just_now_rest_before_they_are_read(competition, tmp_path, monkeypatch):
@@ -276,10 +276,10 @@ def test_files_that_changed_just_now_rest_before_they_are_read(competition, tmp_
     monkeypatch.setattr(icpr.time, 'sleep', naps.append)
     for old in (True, False):
         for f in competition.rglob('*.*'): os.utime(f, ns=(0, time.time_ns() - 10**9 * old))
-        index(competition, tmp_path/'cache')
+        index_data(competition, tmp_path/'cache')
     os.utime(f, ns=(0, time.time_ns() + 10**12)) # a clock that is wrong
-    index(competition, tmp_path/'cache')
-    index(competition, tmp_path/'cache')
+    index_data(competition, tmp_path/'cache')
+    index_data(competition, tmp_path/'cache')
     assert len(naps) == 3 and naps[0] == 0 < naps[1] <= .02 == naps[2]
 
 
@@ -287,16 +287,16 @@ def by_asking(found): return digest([[t.key, t.text, *([p.name, p.stat().st_size
 
 
 def test_the_fingerprint_of_the_data(competition, tmp_path):
-    found = index(competition)
-    assert found.fingerprint == by_asking(found) == index(competition, tmp_path).fingerprint
+    found = index_data(competition)
+    assert found.fingerprint == by_asking(found) == index_data(competition, tmp_path).fingerprint
     for f in competition.rglob('*.*'): os.utime(f)
-    assert index(competition).fingerprint == found.fingerprint, 'times are no part of it'
+    assert index_data(competition).fingerprint == found.fingerprint, 'times are no part of it'
     (competition/'test_labels.csv').unlink()
     annotate(competition/DARK, {'plate_text': "it's \u00fc\ud800\n"})
-    odd = index(competition)
+    odd = index_data(competition)
     assert odd.fingerprint == by_asking(odd) != found.fingerprint
     (competition/DARK/'lr-001.jpg').unlink()
-    fewer = index(competition)
+    fewer = index_data(competition)
     assert len(fewer.train) == 11 and fewer.fingerprint == by_asking(fewer) != odd.fingerprint
 
 
@@ -352,15 +352,15 @@ def test_too_few_texts():
 
 
 def test_saved_once_and_shared(competition, tmp_path):
-    found = index(competition).train
+    found = index_data(competition).train
     split = shared_split(competition, found, 0.25, 0, tmp_path/'out')
     assert (competition/'split.json').is_file() and not (tmp_path/'out').exists()
     assert shared_split(competition, found[::-1], 0.25, 7, tmp_path/'out') == split
-    assert index(competition).train == found # our file is no track
+    assert index_data(competition).train == found # our file is no track
 
 
 def test_a_read_only_folder(competition, tmp_path, monkeypatch):
-    write, found = icpr.write_json, index(competition).train
+    write, found = icpr.write_json, index_data(competition).train
     def refuse(path, obj):
         if Path(path).parent == competition: raise PermissionError(13, 'Permission denied')
         return write(path, obj)
@@ -378,9 +378,9 @@ def edited(path, change):
 @pytest.mark.parametrize('harm, said', [
     (lambda p: p.write_text('{'), 'not valid JSON'), (lambda p: p.write_text('[]'), 'do not fit its hash'), (lambda p: p.write_text('{"train": 3}'), 'do not fit its hash'),
     (lambda p: edited(p, lambda s: s['train'].update(s['val'])), 'do not fit its hash'), (lambda p: edited(p, lambda s: s.pop('left_out')), 'do not fit its hash'),
-    (lambda p: edited(p, lambda s: s.update(val_share=0.5)), 'made with val_share 0.5, asked is 0.25')])
+    (lambda p: edited(p, lambda s: s.update(val_frac=0.5)), 'made with val_frac 0.5, asked is 0.25')])
 def test_a_damaged_split_is_refused_by_name(competition, tmp_path, harm, said):
-    found = index(competition).train
+    found = index_data(competition).train
     shared_split(competition, found, 0.25, 0, tmp_path)
     harm(competition/'split.json')
     with pytest.raises(KdocrError, match='split.json') as e: shared_split(competition, found, 0.25, 0, tmp_path)
@@ -388,15 +388,15 @@ def test_a_damaged_split_is_refused_by_name(competition, tmp_path, harm, said):
 
 
 def test_data_that_changed_after_the_split(competition, tmp_path):
-    found = index(competition).train
+    found = index_data(competition).train
     split = shared_split(competition, found, 0.25, 0, tmp_path)
     gone = shared_split(competition, [t for t in found if t.key != split.train[0]], 0.25, 0, tmp_path)
     assert (gone.train, gone.val, gone.hash) == (split.train[1:], split.val, split.hash)
     with pytest.raises(KdocrError, match=r'plates of the test part \(the first is track_10001\)'): shared_split(competition, found, 0.25, 0, tmp_path, {NIGHT[0]})
     annotate(competition/DARK, {'plate_text': 'CDE1284'})
-    with pytest.raises(KdocrError, match='track_10001: CDE1234 is now CDE1284'): shared_split(competition, index(competition).train, 0.25, 0, tmp_path)
+    with pytest.raises(KdocrError, match='track_10001: CDE1234 is now CDE1284'): shared_split(competition, index_data(competition).train, 0.25, 0, tmp_path)
     write_track(competition/f'{B}/Mercosur/track_10030', 'NEW1A23', '.jpg')
-    with pytest.raises(KdocrError, match=r'1 track came after it was made \(the first is track_10030\). Delete the file'): shared_split(competition, index(competition).train, 0.25, 0, tmp_path)
+    with pytest.raises(KdocrError, match=r'1 track came after it was made \(the first is track_10030\). Delete the file'): shared_split(competition, index_data(competition).train, 0.25, 0, tmp_path)
 
 
 REAL = Path(__file__).resolve().parent.parent.parent.parent/'shared/data/plates_br'
@@ -404,7 +404,7 @@ REAL = Path(__file__).resolve().parent.parent.parent.parent/'shared/data/plates_
 
 @pytest.mark.skipif(not REAL.is_dir(), reason='the photographed plates are not beside the project')
 def test_the_photographed_plates():
-    found = index(REAL)
+    found = index_data(REAL)
     assert (len(found.train), len(found.test), found.faults) == (912, 226, [])
     split = make_split(found.train, 0.1, 0, {t.text for t in found.test})
     assert 55 <= len(split.val) <= 70

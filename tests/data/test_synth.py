@@ -8,7 +8,7 @@ from kdocr.charset import DEFAULT_CHARS, fits, layout_of
 from kdocr.core import KdocrError, np_rng, read_json, write_json
 from kdocr.data.degrade import degrade, spectrum
 from kdocr.data.plates import PEN, draw_plate, draw_text, font_set, mount, plate_corners, stamp
-from kdocr.data.synth import plan, synth
+from kdocr.data.synth import plan_tracks, synth
 
 TRACKS, TEST, SEED = 90, 30, 11
 
@@ -20,7 +20,7 @@ def contents(root): return {str(p.relative_to(root)): p.read_bytes() for p in so
 def test_two_processes_draw_the_same_bytes(drawn, tmp_path):
     assert contents(synth(tmp_path/'two', TRACKS, TEST, SEED, workers=2)) == contents(drawn)
 
-def test_another_seed_draws_other_plates(): assert not {j.text for j in plan(200, 50, 0)} & {j.text for j in plan(200, 50, 1)}
+def test_another_seed_draws_other_plates(): assert not {j.text for j in plan_tracks(200, 50, 0)} & {j.text for j in plan_tracks(200, 50, 1)}
 
 def test_variety_draws_the_same_texts_in_other_shapes(drawn, tmp_path):
     wild = synth(tmp_path/'wild', TRACKS, TEST, SEED, variety=1.)

@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from kdocr.distill.similarity import cosine_by_position, linear_cka, relative_mse
 from kdocr.core import KdocrError
-from kdocr.distill.feature_terms import (FEATURE_TERMS, attention, best_shift, cka, contrast, cosine, distance, gram, ln_mse, pearson, pyramid,
-                                 relative)
+from kdocr.distill.feature_terms import (FEATURE_TERMS, attention, shift_mse, cka, info_nce, cosine, rkd_distance,
+                                         gram, ln_mse, pearson, spp, relative)
 
 class Chars(NamedTuple):
     ids:Tensor
@@ -25,21 +25,21 @@ def chars(b, t, n=3, seed=5):
     return Chars(ids, mask, randn(b, n, t, seed=seed).softmax(-1))
 
 def loss(name, s, t, **options):
-    extra = (chars(*s.shape[:2]), chars(*s.shape[:2], seed=6)) if name == 'contrast' else ()
+    extra = (chars(*s.shape[:2]), chars(*s.shape[:2], seed=6)) if name == 'info_nce' else ()
     return FEATURE_TERMS[name](s, t, *extra, **options)
 
 VARIANTS = [(k, {}) for k in FEATURE_TERMS] + [
-    ('attention', {'power': 1.}), ('attention', {'power': .5}), ('attention', {'power': 3}), ('pyramid', {'levels': 1}), ('pyramid', {'levels': 2, 'finest': False}),
-    ('best_shift', {'reach': 3}), ('distance', {'over': 'steps'}), ('gram', {'over': 'steps'}), ('contrast', {'temperature': 1.})]
+    ('attention', {'power': 1.}), ('attention', {'power': .5}), ('attention', {'power': 3}), ('spp', {'levels': 1}), ('spp', {'levels': 2, 'finest': False}),
+    ('shift_mse', {'reach': 3}), ('rkd_distance', {'over': 'steps'}), ('gram', {'over': 'steps'}), ('info_nce', {'temperature': 1.})]
 named = pytest.mark.parametrize('name,options', VARIANTS, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values())))
 
 def test_the_names():
-    assert list(FEATURE_TERMS) == ['relative', 'pearson', 'ln_mse', 'cosine', 'attention', 'pyramid', 'best_shift', 'distance', 'gram', 'contrast', 'cka']
+    assert list(FEATURE_TERMS) == ['relative', 'pearson', 'ln_mse', 'cosine', 'attention', 'spp', 'shift_mse', 'rkd_distance', 'gram', 'info_nce', 'cka']
 
 def test_options_are_keywords_with_plain_defaults():
     for name, f in FEATURE_TERMS.items():
         params = list(inspect.signature(f).parameters.values())
-        assert [p.name for p in params[:2]] == ['s', 't'] and all(p.kind == p.KEYWORD_ONLY for p in params[4 if name == 'contrast' else 2:])
+        assert [p.name for p in params[:2]] == ['s', 't'] and all(p.kind == p.KEYWORD_ONLY for p in params[4 if name == 'info_nce' else 2:])
         assert all(type(p.default) in (float, int, str, bool) for p in params if p.kind == p.KEYWORD_ONLY)
     with pytest.raises(TypeError): attention(randn(1, 4, 2), randn(1, 4, 2), 2.)
 
@@ -75,7 +75,7 @@ def test_finite_at_the_edges(name, options, case):
     value = loss(name, s, t, **options); value.backward()
     assert value.isfinite() and s.grad.isfinite().all()
     if case != 'large': assert s.grad.abs().max() < 1e3
-    if case == 'equal' and name not in ('contrast', 'best_shift'): assert abs(value) < 1e-5 and s.grad.abs().max() < 1e-3
+    if case == 'equal' and name not in ('info_nce', 'shift_mse'): assert abs(value) < 1e-5 and s.grad.abs().max() < 1e-3
 
 @named
 def test_nothing_is_read_back(name, options):
@@ -83,7 +83,7 @@ def test_nothing_is_read_back(name, options):
     with FakeTensorMode(allow_non_fake_inputs=False):
         s, t = torch.empty(3, 8, 6, requires_grad=True), torch.empty(3, 8, 6)
         c = Chars(torch.empty(3, 3, dtype=torch.long), torch.empty(3, 3, dtype=torch.bool), torch.empty(3, 3, 8))
-        value = FEATURE_TERMS[name](s, t, *((c, c) if name == 'contrast' else ()), **options)
+        value = FEATURE_TERMS[name](s, t, *((c, c) if name == 'info_nce' else ()), **options)
         value.backward()
         assert value.shape == () and s.grad.shape == s.shape
         with pytest.raises(Exception): value.item() # what the check rests on
@@ -94,7 +94,7 @@ def test_shapes_are_checked(name, options):
     with pytest.raises(KdocrError, match=rf'{name}: student \(3, 8, 6\) and teacher \(3, 8, 5\)'): loss(name, s, s[..., :5], **options)
     with pytest.raises(KdocrError, match=rf'{name}: student \(3, 8, 6\) and teacher \(3, 1, 6\)'): loss(name, s, s[:, :1], **options) # would broadcast
 
-@pytest.mark.parametrize('name', ['distance', 'gram', 'contrast', 'cka', 'relative'])
+@pytest.mark.parametrize('name', ['rkd_distance', 'gram', 'info_nce', 'cka', 'relative'])
 def test_a_batch_of_one_track(name):
     s = randn(1, 8, 6).requires_grad_()
     value = loss(name, s, randn(1, 8, 6, seed=1)); value.backward()
@@ -138,33 +138,33 @@ def test_attention():
 
 def test_pyramid():
     s, t = randn(4, 7, 6), randn(4, 7, 6, seed=1)
-    assert pyramid(s, t, levels=1) == ln_mse(s, t)
+    assert spp(s, t, levels=1) == ln_mse(s, t)
     pool = lambda x, w: torch.stack([x[:, i:i + w].mean(1) for i in range(0, 7, w)], 1) # the last window is shorter
     levels = [ln_mse(pool(s, w), pool(t, w)) for w in (1, 2, 4)]
-    torch.testing.assert_close(pyramid(s, t), sum(levels)/3)
-    torch.testing.assert_close(pyramid(s, t, finest=False), sum(levels[1:])/2)
+    torch.testing.assert_close(spp(s, t), sum(levels)/3)
+    torch.testing.assert_close(spp(s, t, finest=False), sum(levels[1:])/2)
     x = randn(8, 19, 24).unfold(1, 3, 1).mean(-1) # neighbours alike
-    assert pyramid(x[:, 1:], x[:, :-1], finest=False) < pyramid(x[:, 1:], x[:, :-1]) < ln_mse(x[:, 1:], x[:, :-1])
+    assert spp(x[:, 1:], x[:, :-1], finest=False) < spp(x[:, 1:], x[:, :-1]) < ln_mse(x[:, 1:], x[:, :-1])
 
 def test_best_shift():
     t = randn(6, 8, 5)
     s = torch.cat([t[:2].roll(1, 1), t[2:4], t[4:].roll(-1, 1)]) # each track on its own
-    assert best_shift(s, t) == 0 < best_shift(t.roll(2, 1), t) and best_shift(t.roll(2, 1), t, reach=2) == 0
-    assert best_shift(randn(6, 8, 5, seed=1), t) <= ln_mse(randn(6, 8, 5, seed=1), t)
+    assert shift_mse(s, t) == 0 < shift_mse(t.roll(2, 1), t) and shift_mse(t.roll(2, 1), t, reach=2) == 0
+    assert shift_mse(randn(6, 8, 5, seed=1), t) <= ln_mse(randn(6, 8, 5, seed=1), t)
 
 def test_best_shift_teaches_only_the_chosen_shift():
     t = randn(1, 8, 5)
     s = (t.roll(1, 1) + .1*randn(1, 8, 5, seed=1)).requires_grad_() # one late: its first step is compared with nothing
-    best_shift(s, t).backward()
+    shift_mse(s, t).backward()
     assert s.grad[:, 0].abs().sum() == 0 and (s.grad[:, 1:].abs().sum(-1) > 0).all()
     late, on_time = s.detach()[:, 1:], t[:, :-1]
-    torch.testing.assert_close(best_shift(s, t), ln_mse(late, on_time))
+    torch.testing.assert_close(shift_mse(s, t), ln_mse(late, on_time))
 
 def test_best_shift_chooses_one_of_two_that_tie():
     p, q = torch.tensor([1., -2, 1]), torch.tensor([1., -2, 2])
     sign = torch.tensor([1., -1, 1, -1])[None, :, None]
     s = (-sign*q).requires_grad_() # one early fits as well as one late
-    best_shift(s, sign*p).backward()
+    shift_mse(s, sign*p).backward()
     assert (s.grad.abs().sum(-1) > 0).sum() == 3 and (s.grad[0, 0].any() ^ s.grad[0, -1].any())
 
 def test_distance():
@@ -173,13 +173,13 @@ def test_distance():
         off = ~torch.eye(len(s), dtype=torch.bool)
         s, t = ((d := torch.cdist(x, x))[off]/d[off].mean() for x in (s, t))
         return F.huber_loss(s, t).item()
-    assert distance(s, t).item() == pytest.approx(by_hand(s.flatten(1), t.flatten(1)))
-    assert distance(s, t, over='steps').item() == pytest.approx(sum(map(by_hand, s, t))/5)
-    for over in ('tracks', 'steps'): assert distance(3*t @ rotation(4) + 7, t, over=over) < 1e-15
-    assert distance(t.float() + 1000, t.float()) < 1e-7 # far from the origin fp32 keeps its digits
+    assert rkd_distance(s, t).item() == pytest.approx(by_hand(s.flatten(1), t.flatten(1)))
+    assert rkd_distance(s, t, over='steps').item() == pytest.approx(sum(map(by_hand, s, t))/5)
+    for over in ('tracks', 'steps'): assert rkd_distance(3*t @ rotation(4) + 7, t, over=over) < 1e-15
+    assert rkd_distance(t.float() + 1000, t.float()) < 1e-7 # far from the origin fp32 keeps its digits
     twins = torch.cat([t, t]).float().requires_grad_() # pairs at no distance
-    distance(twins, randn(10, 3, 4)).backward()
-    assert twins.grad.isfinite().all() and distance(t[:1], s[:1]) == 0
+    rkd_distance(twins, randn(10, 3, 4)).backward()
+    assert twins.grad.isfinite().all() and rkd_distance(t[:1], s[:1]) == 0
 
 def test_gram():
     s, t = randn(5, 3, 4, dtype=torch.float64), randn(5, 3, 4, seed=1, dtype=torch.float64)
@@ -217,33 +217,33 @@ def test_contrast_by_hand():
     def one(i, j):
         near = {k: (u[i, j] @ v[k]).item()/.1 for k in alive if a.ids[k] != a.ids[i, j] or k == (i, j)}
         return math.log(sum(map(math.exp, near.values()))) - near[i, j]
-    assert contrast(s, t, a, b).item() == pytest.approx(sum(one(*k) for k in alive)/11)
+    assert info_nce(s, t, a, b).item() == pytest.approx(sum(one(*k) for k in alive)/11)
 
 def test_contrast_leaves_the_same_class_alone():
     x = torch.eye(4)[None]
-    assert contrast(x, x, say(1, 1, 1, 1), say(1, 1, 1, 1)) == 0 # no rival at all
-    assert contrast(x, x, say(1, 2), say(1, 2), temperature=1.).item() == pytest.approx(math.log(1 + math.exp(-1)))
-    assert contrast(x, x, say(1, 2, 1), say(1, 2, 1), temperature=1.).item() == pytest.approx((2*math.log(1 + math.exp(-1)) + math.log(1 + 2*math.exp(-1)))/3)
+    assert info_nce(x, x, say(1, 1, 1, 1), say(1, 1, 1, 1)) == 0 # no rival at all
+    assert info_nce(x, x, say(1, 2), say(1, 2), temperature=1.).item() == pytest.approx(math.log(1 + math.exp(-1)))
+    assert info_nce(x, x, say(1, 2, 1), say(1, 2, 1), temperature=1.).item() == pytest.approx((2*math.log(1 + math.exp(-1)) + math.log(1 + 2*math.exp(-1)))/3)
 
 def test_contrast_does_not_count_what_is_masked():
     x = torch.eye(4)[None]
     odd = say(1, 2, 3, mask=[True, True, False])
     odd.where[0, 2] = math.nan # an empty place may hold anything
     s = x.clone().requires_grad_()
-    value = contrast(s, x, odd, say(1, 2, 3)); value.backward()
-    assert value == contrast(x, x, say(1, 2), say(1, 2)) and s.grad.isfinite().all() and not s.grad[:, 2].any()
+    value = info_nce(s, x, odd, say(1, 2, 3)); value.backward()
+    assert value == info_nce(x, x, say(1, 2), say(1, 2)) and s.grad.isfinite().all() and not s.grad[:, 2].any()
 
 def test_contrast_of_nobody_is_zero_with_a_graph():
     s, none = randn(1, 4, 6).requires_grad_(), say(1, 2, mask=[False, False])
-    value = contrast(s, randn(1, 4, 6, seed=1), none, say(1, 2)); value.backward()
+    value = info_nce(s, randn(1, 4, 6, seed=1), none, say(1, 2)); value.backward()
     assert value == 0 and not s.grad.any()
 
 def test_contrast_follows_each_networks_own_alignment():
     t, c = randn(4, 8, 6), chars(4, 8)
-    torch.testing.assert_close(contrast(t.roll(2, 1), t, c._replace(where=c.where.roll(2, -1)), c), contrast(t, t, c, c))
-    assert contrast(t, t, c, c) < contrast(t.roll(2, 1), t, c, c)
+    torch.testing.assert_close(info_nce(t.roll(2, 1), t, c._replace(where=c.where.roll(2, -1)), c), info_nce(t, t, c, c))
+    assert info_nce(t, t, c, c) < info_nce(t.roll(2, 1), t, c, c)
     where = c.where.clone().requires_grad_()
-    contrast(t.clone().requires_grad_(), randn(4, 8, 6, seed=1), c._replace(where=where), c._replace(where=where)).backward()
+    info_nce(t.clone().requires_grad_(), randn(4, 8, 6, seed=1), c._replace(where=where), c._replace(where=where)).backward()
     assert where.grad is None # a reading, and not what is to learn
 
 # ---- refusals
@@ -251,24 +251,24 @@ def test_contrast_follows_each_networks_own_alignment():
 @pytest.mark.parametrize('name,options,message', [
     ('attention', {'power': 0}, r'attention: power 0 must be a number above 0'), ('attention', {'power': -1.}, 'power -1.0'),
     ('attention', {'power': math.nan}, 'power nan'), ('attention', {'power': math.inf}, 'power inf'), ('attention', {'power': '2'}, "power '2'"),
-    ('pyramid', {'levels': 0}, r'pyramid: levels 0 must be a whole number of 1 to 4 \(8 steps'), ('pyramid', {'levels': 5}, 'levels 5 .* of 1 to 4'),
-    ('pyramid', {'levels': 1, 'finest': False}, r'levels 1 .* of 2 to 4 \(8 steps, finest=False'), ('pyramid', {'levels': 2.}, r'levels 2\.0'),
-    ('best_shift', {'reach': 0}, r'best_shift: reach 0 must be a whole number of 1 to 7 \(8 steps\)'), ('best_shift', {'reach': 8}, 'reach 8'),
-    ('best_shift', {'reach': True}, 'reach True'),
-    ('distance', {'over': 'track'}, "distance: over 'track': did you mean 'tracks'"), ('gram', {'over': 'batch'}, "gram: over 'batch'; known: tracks, steps"),
-    ('contrast', {'temperature': 0.}, 'contrast: temperature 0.0 must be a number above 0')])
+    ('spp', {'levels': 0}, r'spp: levels 0 must be a whole number of 1 to 4 \(8 steps'), ('spp', {'levels': 5}, 'levels 5 .* of 1 to 4'),
+    ('spp', {'levels': 1, 'finest': False}, r'levels 1 .* of 2 to 4 \(8 steps, finest=False'), ('spp', {'levels': 2.}, r'levels 2\.0'),
+    ('shift_mse', {'reach': 0}, r'shift_mse: reach 0 must be a whole number of 1 to 7 \(8 steps\)'), ('shift_mse', {'reach': 8}, 'reach 8'),
+    ('shift_mse', {'reach': True}, 'reach True'),
+    ('rkd_distance', {'over': 'track'}, "rkd_distance: over 'track': did you mean 'tracks'"), ('gram', {'over': 'batch'}, "gram: over 'batch'; known: tracks, steps"),
+    ('info_nce', {'temperature': 0.}, 'info_nce: temperature 0.0 must be a number above 0')])
 def test_bad_options(name, options, message):
     with pytest.raises(KdocrError, match=message): loss(name, randn(3, 8, 6), randn(3, 8, 6, seed=1), **options)
 
 def test_levels_and_reach_up_to_the_last_that_fits():
     s, t = randn(3, 8, 6), randn(3, 8, 6, seed=1)
-    assert pyramid(s, t, levels=4).isfinite() and best_shift(s, t, reach=7).isfinite()
+    assert spp(s, t, levels=4).isfinite() and shift_mse(s, t, reach=7).isfinite()
 
 def test_characters_must_fit():
     s, c = randn(3, 8, 6), chars(3, 8)
-    with pytest.raises(KdocrError, match=r'contrast: characters \(b,n,t\) \(3, 3, 9\) of the student and \(3, 3, 8\)'): contrast(s, s, chars(3, 9), c)
-    with pytest.raises(KdocrError, match=r'on taps \(3, 7, 6\)'): contrast(s[:, :7], s[:, :7], c, c)
-    with pytest.raises(KdocrError, match=r'on taps \(2, 8, 6\)'): contrast(s[:2], s[:2], c, c)
+    with pytest.raises(KdocrError, match=r'contrast: characters \(b,n,t\) \(3, 3, 9\) of the student and \(3, 3, 8\)'): info_nce(s, s, chars(3, 9), c)
+    with pytest.raises(KdocrError, match=r'on taps \(3, 7, 6\)'): info_nce(s[:, :7], s[:, :7], c, c)
+    with pytest.raises(KdocrError, match=r'on taps \(2, 8, 6\)'): info_nce(s[:2], s[:2], c, c)
 
 def test_cka_needs_four_steps():
     with pytest.raises(KdocrError, match='cka: 3 steps; the unbiased estimate needs 4'): cka(randn(1, 3, 6), randn(1, 3, 6))

@@ -5,7 +5,7 @@ import pytest, torch
 from torch.nn import functional as F
 from kdocr.charset import Charset, min_steps
 from kdocr.core import KdocrError
-from kdocr.distill.lattice import Chars, log_likelihood, occupancy, posterior, spell
+from kdocr.distill.lattice import CharAlignment, log_likelihood, char_posteriors, posterior, gather_chars
 
 CS, AB = Charset(), Charset('AB')
 TEXTS = ['ABC1D23', 'AAB1122', 'AAA1111', 'A', '', 'ZZ', 'XY9']
@@ -70,39 +70,39 @@ def test_counts_paths():
 @pytest.mark.parametrize('text', ['ABC1D23', 'AAA1111', 'AAAAAAA', 'A'])
 def test_the_least_steps_leave_one_path(text):
     logits = 50*randn(1, min_steps(text), 37).sign() # sure of something else
-    where = occupancy(logits, [text], CS).where[0]
+    where = char_posteriors(logits, [text], CS).where[0]
     at = [i + sum(a == b for a, b in zip(text[:i], text[1:i + 1])) for i in range(len(text))]
     assert torch.equal(where, F.one_hot(torch.tensor(at), min_steps(text)).float())
 
 @pytest.mark.parametrize('scale', [50., 1000.])
 def test_confident_networks_stay_finite(scale):
     logits = scale*randn(len(TEXTS), 16, 37, seed=1).sign()
-    chars = occupancy(logits, TEXTS, CS)
+    chars = char_posteriors(logits, TEXTS, CS)
     assert chars.where.isfinite().all() and log_likelihood(logits, TEXTS, CS).isfinite().all()
     torch.testing.assert_close(chars.where.sum(-1), chars.mask.float())
 
 def test_classes_that_a_model_rules_out():
     logits = randn(1, 6, 4); logits[..., 3] = -torch.inf # never C
-    where = occupancy(logits, ['AB'], Charset('ABC')).where
-    torch.testing.assert_close(where, occupancy(logits[..., :3], ['AB'], AB).where)
+    where = char_posteriors(logits, ['AB'], Charset('ABC')).where
+    torch.testing.assert_close(where, char_posteriors(logits[..., :3], ['AB'], AB).where)
     assert log_likelihood(logits, ['AC'], Charset('ABC')).item() == -math.inf
 
 def test_occupancy():
     logits, texts = 3*randn(len(TEXTS), 16, 37), [*TEXTS[:4], None, *TEXTS[5:]]
-    chars = occupancy(logits, texts, CS)
-    assert isinstance(chars, Chars) and chars.ids.dtype == torch.long and chars.mask.dtype == torch.bool and chars.where.dtype == torch.float32
+    chars = char_posteriors(logits, texts, CS)
+    assert isinstance(chars, CharAlignment) and chars.ids.dtype == torch.long and chars.mask.dtype == torch.bool and chars.where.dtype == torch.float32
     assert chars.ids.shape == chars.mask.shape == (7, 7) and chars.where.shape == (7, 7, 16)
     assert [[CS.chars[i - 1] for i in row if i] for row in chars.ids.tolist()] == [list(x or '') for x in texts]
     torch.testing.assert_close(chars.where.sum(-1), chars.mask.float())
     when = posterior(logits, texts, CS)
     assert (when.sum(-1)[chars.mask] >= 1 - 1e-9).all() # each character lasts a step at least
     torch.testing.assert_close(chars.where[chars.mask], (when/when.sum(-1, keepdim=True))[chars.mask].float())
-    alone = occupancy(logits[2:3], TEXTS[2:3], CS) # no neighbour in the batch matters
+    alone = char_posteriors(logits[2:3], TEXTS[2:3], CS) # no neighbour in the batch matters
     torch.testing.assert_close(chars.where[2:3], alone.where)
 
 def test_occupancy_follows_a_shift():
     logits = 3*randn(1, 16, 37); logits[:, -3:, 1:] -= 20; logits[:, :1, 1:] -= 20 # silence at both ends
-    where, later = (occupancy(x, ['ABC1D23'], CS).where for x in (logits, logits.roll(1, 1)))
+    where, later = (char_posteriors(x, ['ABC1D23'], CS).where for x in (logits, logits.roll(1, 1)))
     torch.testing.assert_close(later, where.roll(1, -1), rtol=1e-3, atol=1e-4)
 
 def test_occupancy_reads_backwards_as_forwards():
@@ -112,38 +112,38 @@ def test_occupancy_reads_backwards_as_forwards():
 
 @pytest.mark.parametrize('texts', [['', None], []])
 def test_no_characters_at_all(texts):
-    chars = occupancy(torch.zeros(len(texts), 16, 37), texts, CS)
-    assert chars.where.shape == (len(texts), 0, 16) and spell(torch.zeros(len(texts), 16, 5), chars.where).shape == (len(texts), 0, 5)
+    chars = char_posteriors(torch.zeros(len(texts), 16, 37), texts, CS)
+    assert chars.where.shape == (len(texts), 0, 16) and gather_chars(torch.zeros(len(texts), 16, 5), chars.where).shape == (len(texts), 0, 5)
 
 def test_a_constant_to_autograd():
     z = randn(1, 16, 37).requires_grad_()
-    assert not occupancy(z, ['A'], CS).where.requires_grad and not posterior(z, ['A'], CS).requires_grad and not log_likelihood(z, ['A'], CS).requires_grad
+    assert not char_posteriors(z, ['A'], CS).where.requires_grad and not posterior(z, ['A'], CS).requires_grad and not log_likelihood(z, ['A'], CS).requires_grad
 
 def test_half_precision_comes_in():
     x = randn(2, 16, 37).bfloat16()
-    torch.testing.assert_close(occupancy(x, TEXTS[:2], CS).where, occupancy(x.float(), TEXTS[:2], CS).where)
+    torch.testing.assert_close(char_posteriors(x, TEXTS[:2], CS).where, char_posteriors(x.float(), TEXTS[:2], CS).where)
 
 def test_spell():
     where = torch.tensor([[[0., 1, 0], [.5, 0, .5], [0, 0, 0]]])
     x = torch.tensor([[[1., 10], [2, 20], [4, 40]]])
-    assert spell(x, where).tolist() == [[[2, 20], [2.5, 25], [0, 0]]]
-    assert spell(x.bfloat16(), where).dtype == torch.float32 and spell(x.double(), where).dtype == torch.float64
+    assert gather_chars(x, where).tolist() == [[[2, 20], [2.5, 25], [0, 0]]]
+    assert gather_chars(x.bfloat16(), where).dtype == torch.float32 and gather_chars(x.double(), where).dtype == torch.float64
     x = randn(1, 3, 2, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: spell(x, where), x)
+    assert torch.autograd.gradcheck(lambda x: gather_chars(x, where), x)
 
 def test_faults():
-    for f in (occupancy, posterior, log_likelihood):
+    for f in (char_posteriors, posterior, log_likelihood):
         with pytest.raises(KdocrError, match="'AAA1111' needs 12 CTC steps, the model has 11"): f(torch.zeros(2, 11, 37), ['AB', 'AAA1111'], CS)
         with pytest.raises(KdocrError, match="the character 'a' is not in the charset"): f(torch.zeros(1, 16, 37), ['aB'], CS)
         with pytest.raises(KdocrError, match='36 classes, the charset 37'): f(torch.zeros(1, 16, 36), ['A'], CS)
         with pytest.raises(KdocrError, match='2 rows of logits for 1 texts'): f(torch.zeros(2, 16, 37), ['A'], CS)
-    with pytest.raises(KdocrError, match='spell: 8 steps on 1 tracks, but 16 on 1'): spell(torch.zeros(1, 8, 3), torch.zeros(1, 7, 16))
+    with pytest.raises(KdocrError, match='spell: 8 steps on 1 tracks, but 16 on 1'): gather_chars(torch.zeros(1, 8, 3), torch.zeros(1, 7, 16))
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_on_a_gpu_it_is_the_same_and_waits_for_nobody():
     logits = randn(len(TEXTS), 16, 37)
-    here, there = logits.cuda(), occupancy(logits, TEXTS, CS)
+    here, there = logits.cuda(), char_posteriors(logits, TEXTS, CS)
     torch.cuda.set_sync_debug_mode('error')
-    try: got = occupancy(here, TEXTS, CS)
+    try: got = char_posteriors(here, TEXTS, CS)
     finally: torch.cuda.set_sync_debug_mode('default')
     torch.testing.assert_close(got.where.cpu(), there.where)

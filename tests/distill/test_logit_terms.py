@@ -6,8 +6,9 @@ from torch.nn import functional as F
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
 from kdocr.distill.ctc import ctc_loss, greedy
-from kdocr.distill.lattice import log_likelihood, occupancy
-from kdocr.distill.logit_terms import LOGIT_TERMS, STEPS, _apart, _decouple, aligned_kl, dist, dkd, kl, logit_mse, mean_kl, sequence, standard_kl
+from kdocr.distill.lattice import log_likelihood, char_posteriors
+from kdocr.distill.logit_terms import (LOGIT_TERMS, STEPS, _apart, _decouple, kl_char_aligned, dist, dkd, kl,
+                                       logit_mse, kl_time_mean, seq_kd, kl_std)
 from kdocr.distill.losses import tap_mse
 
 CS, AB = Charset(), Charset('AB')
@@ -23,15 +24,15 @@ def say(*lines, sure=6.): # a letter or digit is its class, '-' the blank
 def called(name, s, t, texts=('AB', 'BA', 'B'), cs=AB, **options):
     "Any term, with what it needs beside the logits; the student's alignment is a constant."
     f = LOGIT_TERMS.get(name, logit_mse)
-    if name == 'aligned_kl': return f(s, t, *(occupancy(x.detach(), list(texts[:len(x)]), cs) for x in (s, t)), **options)
-    return f(s, t, cs, **options) if name == 'sequence' else f(s, t, **options)
+    if name == 'kl_char_aligned': return f(s, t, *(char_posteriors(x.detach(), list(texts[:len(x)]), cs) for x in (s, t)), **options)
+    return f(s, t, cs, **options) if name == 'seq_kd' else f(s, t, **options)
 
 ALL = ['mse', *LOGIT_TERMS]
 MASKED = [n for n in ALL if 'steps' in inspect.signature(LOGIT_TERMS.get(n, logit_mse)).parameters]
 
 # ---- every term
 
-def test_names(): assert list(LOGIT_TERMS) == ['kl', 'standard_kl', 'dist', 'dkd', 'mean_kl', 'aligned_kl', 'sequence']
+def test_names(): assert list(LOGIT_TERMS) == ['kl', 'kl_std', 'dist', 'dkd', 'kl_time_mean', 'kl_char_aligned', 'seq_kd']
 
 @pytest.mark.parametrize('name', ALL)
 def test_a_scalar_in_fp32_and_nothing_reaches_the_teacher(name):
@@ -41,22 +42,22 @@ def test_a_scalar_in_fp32_and_nothing_reaches_the_teacher(name):
     assert loss.shape == () and loss.dtype == torch.float32 and loss > 0
     assert s.grad.isfinite().all() and s.grad.abs().sum() > 0 and t.grad is None
 
-@pytest.mark.parametrize('name', [n for n in ALL if n != 'sequence'])
+@pytest.mark.parametrize('name', [n for n in ALL if n != 'seq_kd'])
 def test_a_copy_costs_nothing(name):
     _, t = pair(c=3)
     s = t.clone().requires_grad_()
     loss = called(name, s, t); loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-5) and s.grad.abs().max() < 1e-5
 
-OPTIONS = [('mse', {}), ('kl', {}), ('kl', dict(temperature=3.)), ('standard_kl', {}), ('dist', {}), ('dist', dict(beta=.5, gamma=2., temperature=2.)), ('dkd', {}),
-           ('mean_kl', dict(temperature=1.5)), ('aligned_kl', {}), ('aligned_kl', dict(temperature=2.)), ('sequence', {})]
+OPTIONS = [('mse', {}), ('kl', {}), ('kl', dict(temperature=3.)), ('kl_std', {}), ('dist', {}), ('dist', dict(beta=.5, gamma=2., temperature=2.)), ('dkd', {}),
+           ('kl_time_mean', dict(temperature=1.5)), ('kl_char_aligned', {}), ('kl_char_aligned', dict(temperature=2.)), ('seq_kd', {})]
 
-@pytest.mark.parametrize('name,options', OPTIONS + [(n, o | {'steps': k}) for n, o in OPTIONS if n in MASKED for k in ('spoken', 'either')])
+@pytest.mark.parametrize('name,options', OPTIONS + [(n, o | {'steps': k}) for n, o in OPTIONS if n in MASKED for k in ('nonblank_teacher', 'nonblank_any')])
 def test_gradient(name, options):
     s, t = pair(t=5, c=3, dtype=torch.float64)
     t[0, :, 1:] -= 9 # a track on which the teacher says nothing
-    when = [occupancy(x, ['AB', 'BA', 'B'], AB) for x in (s, t)]
-    f = (lambda x: aligned_kl(x, t, *when, **options)) if name == 'aligned_kl' else lambda x: called(name, x, t, **options)
+    when = [char_posteriors(x, ['AB', 'BA', 'B'], AB) for x in (s, t)]
+    f = (lambda x: kl_char_aligned(x, t, *when, **options)) if name == 'kl_char_aligned' else lambda x: called(name, x, t, **options)
     assert torch.autograd.gradcheck(f, s.requires_grad_())
 
 @pytest.mark.parametrize('name', ALL)
@@ -90,8 +91,8 @@ def test_options_are_checked_by_name(name):
             assert str(e.value).startswith(f'{k}: {v!r}')
 
 def test_steps_names_the_known_ones():
-    with pytest.raises(KdocrError, match="did you mean 'spoken'"): kl(*pair(), steps='spokn')
-    with pytest.raises(KdocrError, match='known: all, spoken, either'): kl(*pair(), steps='x')
+    with pytest.raises(KdocrError, match="did you mean 'nonblank_teacher'"): kl(*pair(), steps='nonblank_techer')
+    with pytest.raises(KdocrError, match='known: all, nonblank_teacher, nonblank_any'): kl(*pair(), steps='x')
 
 # ---- which steps count
 
@@ -101,13 +102,13 @@ def test_only_counted_steps_count(name):
     for x in (s, t): x[..., 0] += 2 # half of the steps are blank
     spoken = t.argmax(-1) > 0
     either = spoken | (s.argmax(-1) > 0)
-    for steps, keep in (('all', torch.ones_like(spoken)), ('spoken', spoken), ('either', either)):
+    for steps, keep in (('all', torch.ones_like(spoken)), ('nonblank_teacher', spoken), ('nonblank_any', either)):
         alone = called(name, s[keep][None], t[keep][None]) # one long track of the steps that count
         assert called(name, s, t, steps=steps).item() == pytest.approx(alone.item(), rel=1e-4)
     assert spoken.sum() < either.sum() < spoken.numel()
 
 @pytest.mark.parametrize('name', MASKED)
-@pytest.mark.parametrize('steps', ['spoken', 'either'])
+@pytest.mark.parametrize('steps', ['nonblank_teacher', 'nonblank_any'])
 def test_where_nothing_counts_it_is_zero_with_a_gradient(name, steps):
     s, t = say('-'*8).requires_grad_(), say('-'*8, sure=3.)
     loss = called(name, s, t, cs=CS, steps=steps); loss.backward()
@@ -116,7 +117,7 @@ def test_where_nothing_counts_it_is_zero_with_a_gradient(name, steps):
 @pytest.mark.parametrize('name', MASKED)
 def test_either_sees_a_student_who_speaks_out_of_turn(name):
     t, s = say('-A-----', 'B------'), say('-A-CD--', 'B------')
-    assert called(name, s, t, cs=CS, steps='spoken').item() == pytest.approx(0, abs=1e-5) and called(name, s, t, cs=CS, steps='either') > .01
+    assert called(name, s, t, cs=CS, steps='nonblank_teacher').item() == pytest.approx(0, abs=1e-5) and called(name, s, t, cs=CS, steps='nonblank_any') > .01
 
 def test_dist_of_one_step_has_no_variation_over_steps():
     s, t = randn(1, 1, 5).requires_grad_(), randn(1, 1, 5, seed=1)
@@ -154,9 +155,9 @@ def test_a_constant_added_is_not_seen(name):
 def test_standard_kl_does_not_see_size():
     s, t = pair(dtype=torch.float64)
     a, c = 1 + randn(3, 16, 1, seed=2).abs(), 3*randn(3, 16, 1, seed=3)
-    assert standard_kl(a*s + c, t).item() == pytest.approx(standard_kl(s, t).item(), rel=1e-4) == pytest.approx(standard_kl(s, a*t + c).item(), rel=1e-4)
+    assert kl_std(a*s + c, t).item() == pytest.approx(kl_std(s, t).item(), rel=1e-4) == pytest.approx(kl_std(s, a*t + c).item(), rel=1e-4)
     z = lambda x: (x - x.mean(-1, keepdim=True))/x.std(-1, correction=0, keepdim=True)
-    assert standard_kl(s, t, temperature=3.).item() == pytest.approx(kl(z(s), z(t), temperature=3.).item(), rel=1e-5)
+    assert kl_std(s, t, temperature=3.).item() == pytest.approx(kl(z(s), z(t), temperature=3.).item(), rel=1e-5)
 
 def test_dist():
     s, t = pair(dtype=torch.float64)
@@ -195,20 +196,20 @@ def test_dkd_is_kl_taken_apart():
 
 def test_mean_kl_does_not_see_time():
     s, t = pair()
-    assert mean_kl(t[:, torch.randperm(16, generator=torch.manual_seed(0))], t).item() == pytest.approx(0, abs=1e-6)
+    assert kl_time_mean(t[:, torch.randperm(16, generator=torch.manual_seed(0))], t).item() == pytest.approx(0, abs=1e-6)
     p, q = t.softmax(-1).mean(1), s.softmax(-1).mean(1)
-    assert mean_kl(s, t).item() == pytest.approx((p*(p/q).log()).sum(-1).mean().item(), rel=1e-4)
+    assert kl_time_mean(s, t).item() == pytest.approx((p*(p/q).log()).sum(-1).mean().item(), rel=1e-4)
 
-def when(x, *texts): return occupancy(x, list(texts), CS)
+def when(x, *texts): return char_posteriors(x, list(texts), CS)
 
 def test_aligned_kl_does_not_mind_when_but_what():
     text = 'ABC1D23'
     t = say('-A-B-C--1-D-2-3--', sure=8.) + .3*randn(1, 17, 37); late = t.roll(1, 1)
-    assert aligned_kl(late, t, when(late, text), when(t, text)) < .01 < 3 < kl(late, t)
+    assert kl_char_aligned(late, t, when(late, text), when(t, text)) < .01 < 3 < kl(late, t)
     other = say('-A-B-C--1-D-2-8--', sure=8.) # he reads 8 for 3
-    assert aligned_kl(other, t, when(other, text), when(t, text)) > .5
+    assert kl_char_aligned(other, t, when(other, text), when(t, text)) > .5
     back = t.flip(1)
-    assert aligned_kl(back, t, when(back, text), when(t, text)) > 1 and mean_kl(back, t).item() == pytest.approx(0, abs=1e-5)
+    assert kl_char_aligned(back, t, when(back, text), when(t, text)) > 1 and kl_time_mean(back, t).item() == pytest.approx(0, abs=1e-5)
 
 def test_aligned_kl_by_hand():
     s, t = pair(b=2)
@@ -218,49 +219,49 @@ def test_aligned_kl_by_hand():
         for k in range(n):
             q, p = (sum(c.where[i, k, j]*x[i, j].softmax(-1) for j in range(16)) for x, c in ((s, a), (t, b)))
             hand.append((p*(p/q).log()).sum().item())
-    assert aligned_kl(s, t, a, b).item() == pytest.approx(sum(hand)/3, rel=1e-4) # three characters, whoever's they are
+    assert kl_char_aligned(s, t, a, b).item() == pytest.approx(sum(hand)/3, rel=1e-4) # three characters, whoever's they are
 
 def test_aligned_kl_without_texts():
     s, t = pair(b=2)
     s.requires_grad_()
     for texts in (('', ''), (None, None)):
-        loss = aligned_kl(s, t, when(s, *texts), when(t, *texts)); loss.backward()
+        loss = kl_char_aligned(s, t, when(s, *texts), when(t, *texts)); loss.backward()
         assert loss.item() == 0 and (s.grad == 0).all()
-    labelled = aligned_kl(s, t, when(s, 'ABC', None), when(t, 'ABC', None)).item()
-    assert labelled == pytest.approx(aligned_kl(s[:1], t[:1], when(s[:1], 'ABC'), when(t[:1], 'ABC')).item(), rel=1e-5)
+    labelled = kl_char_aligned(s, t, when(s, 'ABC', None), when(t, 'ABC', None)).item()
+    assert labelled == pytest.approx(kl_char_aligned(s[:1], t[:1], when(s[:1], 'ABC'), when(t[:1], 'ABC')).item(), rel=1e-5)
     with pytest.raises(KdocrError, match=r'the texts differ: \(2, 3\) characters of the student, \(2, 2\) of the teacher'):
-        aligned_kl(s, t, when(s, 'ABC', 'A'), when(t, 'AB', 'A'))
+        kl_char_aligned(s, t, when(s, 'ABC', 'A'), when(t, 'AB', 'A'))
 
 def test_sequence():
     s, t = randn(3, 16, 37), say('-A-B-C--1-D-2-3-', '-'*16, 'AA-A-B----------')
     t[2] *= 1.5
     p = log_likelihood(t, ['ABC1D23', '', 'AAB'], CS).exp().tolist()
     nats = [ctc_loss(s[i:i + 1], [x], CS).item() for i, x in ((0, 'ABC1D23'), (2, 'AAB'))]
-    assert sequence(s, t, CS).item() == pytest.approx((p[0]*nats[0] + p[2]*nats[1])/3, rel=1e-5)
-    assert p[0] < p[2] and sequence(s, t, CS, confidence=(p[0] + p[2])/2).item() == pytest.approx(p[2]*nats[1]/3, rel=1e-5)
+    assert seq_kd(s, t, CS).item() == pytest.approx((p[0]*nats[0] + p[2]*nats[1])/3, rel=1e-5)
+    assert p[0] < p[2] and seq_kd(s, t, CS, confidence=(p[0] + p[2])/2).item() == pytest.approx(p[2]*nats[1]/3, rel=1e-5)
 
 def test_sequence_of_a_certain_teacher_is_ctc():
     s, t = randn(2, 16, 37), say('-A-B-C--1-D-2-3-', 'A-A-A-1-1-1-1---', sure=60.)
-    assert sequence(s, t, CS).item() == pytest.approx(ctc_loss(s, ['ABC1D23', 'AAA1111'], CS).item(), rel=1e-5)
+    assert seq_kd(s, t, CS).item() == pytest.approx(ctc_loss(s, ['ABC1D23', 'AAA1111'], CS).item(), rel=1e-5)
 
 def test_sequence_where_none_counts():
     s = randn(2, 16, 37).requires_grad_()
     for t, confidence in ((say('-'*16, '-'*16), 0.), (say('-A-B------------', 'A---------------', sure=1.), .9)):
-        loss = sequence(s, t, CS, confidence=confidence); loss.backward()
+        loss = seq_kd(s, t, CS, confidence=confidence); loss.backward()
         assert loss.item() == 0 and (s.grad == 0).all()
 
 def test_sequence_can_be_learnt():
     t = say('-A-B-C--1-D-2-3-', 'AA-AB-1-1--2-2--', sure=9.)
     s = randn(2, 16, 37).requires_grad_()
     opt = torch.optim.Adam([s], .3)
-    for _ in range(80): opt.zero_grad(); sequence(s, t, CS).backward(); opt.step()
+    for _ in range(80): opt.zero_grad(); seq_kd(s, t, CS).backward(); opt.step()
     assert [r.text for r in greedy(s, CS)] == ['ABC1D23', 'AAB1122']
 
 def test_sequence_of_another_charset():
-    with pytest.raises(KdocrError, match='the model has 37 classes, the charset 3'): sequence(*pair(), AB)
+    with pytest.raises(KdocrError, match='the model has 37 classes, the charset 3'): seq_kd(*pair(), AB)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-@pytest.mark.parametrize('name', [n for n in ALL if n != 'sequence'])
+@pytest.mark.parametrize('name', [n for n in ALL if n != 'seq_kd'])
 def test_no_term_waits_for_a_gpu(name):
     s, t = pair()
     texts = ['ABC1D23', 'AAA1111', 'XY']

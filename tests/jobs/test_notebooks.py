@@ -4,12 +4,12 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from kdocr.jobs import notebooks
-from kdocr.jobs import status as status_module
+from kdocr.jobs import notebooks, status as status_module
 from kdocr.cli import main
-from kdocr.core import KdocrError, Outside, read_json
+from kdocr.core import KdocrError, TemporaryFailure, read_json
 from kdocr.config import Config
-from kdocr.jobs.notebooks import NotebookRun, alone, check_parameters, interrupt, notebook_path, parameters, read_status, run_notebook, shipped_notebooks, status_state
+from kdocr.jobs.notebooks import (NotebookRun, exclusive, check_parameters, interrupt, notebook_path, parameters,
+                                  read_status, run_notebook, shipped_notebooks, current_state)
 from kdocr.training.run_folder import RunFolder
 from kdocr.jobs.status import Status, utc
 
@@ -58,7 +58,7 @@ def test_a_failing_notebook_is_kept_and_said(tmp_path):
 
 def test_a_kernel_that_is_killed_is_no_fault_of_the_program(tmp_path):
     nb = write(tmp_path/'dies.ipynb', 'x = 0', "print('so far')", 'import os, signal\nif x == 0: os.kill(os.getpid(), signal.SIGKILL)')
-    with pytest.raises(Outside, match='its kernel died') as e: run_notebook(nb, tmp_path/'out')
+    with pytest.raises(TemporaryFailure, match='its kernel died') as e: run_notebook(nb, tmp_path/'out')
     assert e.value.exit_code == 75 and outputs(tmp_path/'out/dies.ipynb') == ['so far\n']
     assert [read_status(tmp_path/'out')[k] for k in ('state', 'cell')] == ['dead_kernel', 2]
     run_notebook(nb, tmp_path/'out', dict(x=1))
@@ -87,7 +87,7 @@ def full(*_, **kw): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 def test_a_cell_that_finds_the_disk_full(tmp_path):
     nb = write(tmp_path/'n.ipynb', 'room = False', f'import errno, os\nif not room: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))')
-    with pytest.raises(Outside, match='cell 1: OSError: .*No space left on device') as e: run_notebook(nb, tmp_path/'out')
+    with pytest.raises(TemporaryFailure, match='cell 1: OSError: .*No space left on device') as e: run_notebook(nb, tmp_path/'out')
     assert e.value.exit_code == 75 and read_status(tmp_path/'out')['state'] == 'no_space'
     run_notebook(nb, tmp_path/'out', dict(room=True))
     assert [read_status(tmp_path/'out')[k] for k in ('state', 'attempt')] == ['finished', 2]
@@ -98,19 +98,19 @@ def test_a_runner_that_finds_the_disk_full(notebook, tmp_path, monkeypatch):
     before = (tmp_path/'out/n.ipynb').read_bytes()
     with monkeypatch.context() as m:
         for module in (notebooks, status_module): m.setattr(module, 'atomic_write', full)
-        with pytest.raises(Outside, match='n.ipynb.*could not be kept .No space left on device'): run_notebook(notebook, tmp_path/'out')
+        with pytest.raises(TemporaryFailure, match='n.ipynb.*could not be kept .No space left on device'): run_notebook(notebook, tmp_path/'out')
     assert [read_status(tmp_path/'out')[k] for k in ('state', 'attempt')] == ['no_space', 2] and (tmp_path/'out/n.ipynb').read_bytes() == before
     run_notebook(notebook, tmp_path/'out')
     assert [read_status(tmp_path/'out')[k] for k in ('state', 'attempt')] == ['finished', 3]
 
 def test_a_disk_that_is_full_from_the_start(notebook, tmp_path, monkeypatch):
     monkeypatch.setattr(status_module, 'atomic_write', full)
-    with pytest.raises(Outside, match='out: cannot be written to .No space left'): run_notebook(notebook, tmp_path/'out')
+    with pytest.raises(TemporaryFailure, match='out: cannot be written to .No space left'): run_notebook(notebook, tmp_path/'out')
 
 def test_what_a_status_says_by_now(tmp_path):
     with subprocess.Popen([sys.executable, '-c', '']) as ended: pass
     here = dict(state='running', pid=os.getpid(), host=status_module.socket.gethostname(), heartbeat=utc(), attempt=1)
-    said = lambda **kw: status_state({**here, **kw})
+    said = lambda **kw: current_state({**here, **kw})
     assert [said(), said(pid=ended.pid), said(heartbeat=utc(61)), said(host='x', pid=ended.pid), said(host='x', heartbeat=utc(61)), said(state='failed', pid=ended.pid)] == ['running', 'dead', 'dead', 'running', 'dead', 'failed']
     assert read_status(tmp_path) == {'state': 'new'}
     for text in ('', '{', '[]', '{"state": "running"}', json.dumps(dict(here, heartbeat='soon'))):
@@ -128,11 +128,11 @@ def test_the_heart_beats(tmp_path, monkeypatch):
 
 def test_one_runner_a_folder(notebook, tmp_path, capfd):
     (tmp_path/'out').mkdir()
-    with alone(tmp_path/'out', 'first.ipynb'):
-        with pytest.raises(Outside, match=rf'out: another process is at work on this run \(first.ipynb, pid {os.getpid()} on '): run_notebook(notebook, tmp_path/'out')
+    with exclusive(tmp_path/'out', 'first.ipynb'):
+        with pytest.raises(TemporaryFailure, match=rf'out: another process is at work on this run \(first.ipynb, pid {os.getpid()} on '): run_notebook(notebook, tmp_path/'out')
         assert main(['run', str(write(tmp_path/'o.ipynb', "out = ''")), '-p', 'out', str(tmp_path/'out')]) == 75
         assert capfd.readouterr().err.count('\n') == 1
-    with RunFolder(tmp_path/'out').alone(), pytest.raises(Outside, match='another process is at work on this run .training, pid'): run_notebook(notebook, tmp_path/'out')
+    with RunFolder(tmp_path/'out').alone(), pytest.raises(TemporaryFailure, match='another process is at work on this run .training, pid'): run_notebook(notebook, tmp_path/'out')
     assert not (tmp_path/'out/n.ipynb').exists() and not (tmp_path/'out/status.json').exists(), 'the second touches nothing'
     run_notebook(notebook, tmp_path/'out')
 
@@ -142,10 +142,10 @@ def test_a_runner_on_another_machine(tmp_path, monkeypatch):
     says = lambda **kw: (tmp_path/'status.json').write_text(json.dumps({**there, **kw}))
     says()
     monkeypatch.setattr(notebooks.time, 'sleep', lambda s: says(heartbeat=utc()))
-    with pytest.raises(Outside, match='n.ipynb, pid 1 on elsewhere'): alone(tmp_path, 'me')
+    with pytest.raises(TemporaryFailure, match='n.ipynb, pid 1 on elsewhere'): exclusive(tmp_path, 'me')
     says()
     monkeypatch.setattr(notebooks.time, 'sleep', lambda s: says(heartbeat=utc(61)))
-    alone(tmp_path, 'me').close()
+    exclusive(tmp_path, 'me').close()
 
 def test_four_at_once(notebook, tmp_path):
     runs = [NotebookRun(notebook, tmp_path/f'{i}.ipynb', dict(count=i)) for i in range(4)]

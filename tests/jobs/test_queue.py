@@ -15,8 +15,9 @@ from contextlib import ExitStack
 import nbformat
 import pytest
 
-from kdocr.core import KdocrError, read_json, sole
-from kdocr.jobs.queue import Batch, Files, Full, Job, Lines, Place, Row, Table, Tail, Work, disk_full, finished, held, hold, places, run_jobs, start, table_lines
+from kdocr.core import KdocrError, read_json, try_lock
+from kdocr.jobs.queue import (Batch, JobFiles, DiskFull, Job, Lines, Slot, JobState, Table, Tail, JobProcess,
+                              disk_full, finished, is_locked, take_lock, slots, run_jobs, start, table_lines)
 from kdocr.jobs.status import Status
 from sweeping import COMMAND, at_work, command, notebook, plan, quick, undisturbed
 
@@ -32,17 +33,17 @@ def gone(out):
 
 
 def test_places_share_the_cores_and_never_a_gpu():
-    assert places(None, [0, 1, 2], []) == [Place((0,), None), Place((1,), None), Place((2,), None)]
-    assert places(2, [0, 1, 2, 3], []) == [Place((0, 2), None), Place((1, 3), None)]
-    assert places(5, [0, 1], []) == [Place((), None)] * 5
-    assert places(None, [0, 1, 2, 3], ['0', '3']) == [Place((0, 2), '0'), Place((1, 3), '3')]
-    assert [p.gpu for p in places(8, list(range(8)), ['0', '1'])] == ['0', '1'] and len(places(1, [0, 1], ['0', '1'])) == 1
+    assert slots(None, [0, 1, 2], []) == [Slot((0,), None), Slot((1,), None), Slot((2,), None)]
+    assert slots(2, [0, 1, 2, 3], []) == [Slot((0, 2), None), Slot((1, 3), None)]
+    assert slots(5, [0, 1], []) == [Slot((), None)] * 5
+    assert slots(None, [0, 1, 2, 3], ['0', '3']) == [Slot((0, 2), '0'), Slot((1, 3), '3')]
+    assert [p.gpu for p in slots(8, list(range(8)), ['0', '1'])] == ['0', '1'] and len(slots(1, [0, 1], ['0', '1'])) == 1
 
 
 def test_a_log_that_grows_is_cut_and_grows_again(tmp_path):
     log = Tail(tmp_path/'m.jsonl')
     assert (log.read().step, log.exact, log.pace) == (0, None, None)
-    log.path.write_text(''.join(f'{{"step": {i}, "seconds": {i}}}\n' for i in range(1, 200)) + '{"step": 200, "val_rr": 0.5}\n{"step": 20')
+    log.path.write_text(''.join(f'{{"step": {i}, "seconds": {i}}}\n' for i in range(1, 200)) + '{"step": 200, "val_exact_match": 0.5}\n{"step": 20')
     assert (log.read().step, log.exact, log.pace) == (200, .5, None)
     with open(log.path, 'a') as f: f.write('1, "seconds": 402}\n')
     assert (log.read().step, log.exact, log.pace) == (201, .5, 2)
@@ -91,10 +92,10 @@ def test_a_dead_kernel_is_tried_again_and_not_for_ever(tmp_path):
 
 @pytest.mark.parametrize('code', [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_stops_the_batch(tmp_path, monkeypatch, code):
-    with pytest.raises(Full, match='a: n.ipynb, cell 1: OSError'): made(tmp_path, f"import os; raise OSError({code}, os.strerror({code}), 'last.pth')")
+    with pytest.raises(DiskFull, match='a: n.ipynb, cell 1: OSError'): made(tmp_path, f"import os; raise OSError({code}, os.strerror({code}), 'last.pth')")
     def full(*a): raise OSError(code, os.strerror(code))
     monkeypatch.setattr('kdocr.jobs.notebooks.Log', full)
-    with pytest.raises(Full, match='cannot be written to'): made(tmp_path/'before it began', 'pass')
+    with pytest.raises(DiskFull, match='cannot be written to'): made(tmp_path/'before it began', 'pass')
     assert disk_full(OSError(code, '')) and not disk_full(OSError(errno.EACCES, '')) and not disk_full(None)
 
 
@@ -104,7 +105,7 @@ def test_a_folder_that_is_taken_is_waited_for(tmp_path, monkeypatch, lock):
     (tmp_path/'a').mkdir()
     seen = []
     with ExitStack() as other:
-        other.enter_context(sole(tmp_path/'a'/lock, 'by hand'))
+        other.enter_context(try_lock(tmp_path/'a'/lock, 'by hand'))
         def meanwhile(batch):
             row = batch.rows['a']
             seen.append((row.state, row.taken, len(batch.engine.made)))
@@ -139,10 +140,10 @@ if not taken.exists():
 
 
 def test_a_table_that_is_too_long_shows_what_runs(tmp_path):
-    rows = [Row(Job(f'run{i}', 10, {}), tmp_path) for i in range(30)]
+    rows = [JobState(Job(f'run{i}', 10, {}), tmp_path) for i in range(30)]
     rows[17].state, rows[23].state, rows[3].state = 'running', 'failed', 'finished'
     (tmp_path/'run17').mkdir()
-    (tmp_path/'run17/metrics.jsonl').write_text('{"step": 4, "seconds": 8, "val_rr": 0.25}\n')
+    (tmp_path/'run17/metrics.jsonl').write_text('{"step": 4, "seconds": 8, "val_exact_match": 0.25}\n')
     lines = table_lines(rows, 10)
     assert len(lines) == 10 and [l.split() for l in lines[1:3]] == [['run17', 'running', '4/10', '25.0', '0:12'], ['run23', 'failed', '0/10']]
     assert lines[-2] == '... and 23 more' and lines[-1] == '1 of 30 finished, 1 running, 27 waiting, 1 failed, 9:12 left'
@@ -153,10 +154,10 @@ def test_work_that_is_done_is_left_alone_and_what_it_needs_is_waited_for(tmp_pat
     def ends(work): work(); return read_json(work.files.end)['state']
     file = notebook(tmp_path/'n.ipynb')
     (tmp_path/'a').mkdir(); (tmp_path/'a/scores.json').write_text('{}')
-    assert ends(Work(Job('a', 1, {}), file, tmp_path)) == 'finished' and [p.name for p in (tmp_path/'a').iterdir()] == ['scores.json']
-    b = Work(Job('b', 1, {}, 'c'), file, tmp_path, need=Job('c', 1, {}))
+    assert ends(JobProcess(Job('a', 1, {}), file, tmp_path)) == 'finished' and [p.name for p in (tmp_path/'a').iterdir()] == ['scores.json']
+    b = JobProcess(Job('b', 1, {}, 'c'), file, tmp_path, need=Job('c', 1, {}))
     assert ends(b) == 'waits' and not (tmp_path/'b').exists()
-    with hold(b.files.lock): assert ends(b) == 'held' and held(b.files.lock)
+    with take_lock(b.files.lock): assert ends(b) == 'held' and is_locked(b.files.lock)
 
 
 def test_what_is_no_training_is_finished_where_its_status_says_so(tmp_path):
@@ -174,7 +175,7 @@ def test_a_failed_cell_is_not_tried_again_and_a_dead_kernel_is(tmp_path):
     r = call(file, env=quick(tmp_path))
     assert r.returncode == 1, r.stderr
     said = {n: re.findall(rf'^\S+ {n}: (.*)$', r.stdout, re.M) for n in ('good', 'broken', 'dies')}
-    assert said['good'] == ['running', f'finished, {100 * read_json(out/"good/scores.json")["val"]["rr"]:.1f} % exact']
+    assert said['good'] == ['running', f'finished, {100 * read_json(out/"good/scores.json")["val"]["exact_match"]:.1f} % exact']
     assert said['broken'][0] == 'running' and said['broken'][1].startswith('failed: n.ipynb, cell 2: ZeroDivisionError: division by zero') and len(said['broken']) == 2
     assert said['dies'][0] == 'running' and re.match('running, try 2: n.ipynb.* its kernel died', said['dies'][1]) and said['dies'][2].startswith('finished')
     assert [(out/n/'begun').read_text() for n in said] == ['0\n', '0\n', '0\n1\n'], 'the second attempt goes on from the checkpoint'
@@ -182,9 +183,9 @@ def test_a_failed_cell_is_not_tried_again_and_a_dead_kernel_is(tmp_path):
 
 
 def test_a_run_that_another_process_holds_is_waited_for_and_said_so(tmp_path, capsys):
-    file, lock = notebook(tmp_path/'n.ipynb'), Files(tmp_path, 'a').lock
+    file, lock = notebook(tmp_path/'n.ipynb'), JobFiles(tmp_path, 'a').lock
     with ExitStack() as other:
-        other.enter_context(hold(lock))
+        other.enter_context(take_lock(lock))
         def end(): (tmp_path/'a').mkdir(); (tmp_path/'a/scores.json').write_text('{}'); other.close()
         threading.Timer(.7, end).start()
         rows = run_jobs([Job('a', 1, {})], tmp_path, file, 1, show=Lines)
@@ -272,7 +273,7 @@ def test_a_full_disk_stops_all_and_the_same_command_goes_on_once_there_is_room(t
 
 def test_a_terminal_gets_a_table_over_the_one_before_and_at_the_end_all_of_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('shutil.get_terminal_size', lambda: os.terminal_size((20, 6)))
-    rows = [Row(Job(f'a run with a long name {i}', 10, {}), tmp_path) for i in range(9)]
+    rows = [JobState(Job(f'a run with a long name {i}', 10, {}), tmp_path) for i in range(9)]
     view = Table(rows)
     view.show()
     first = capsys.readouterr().out.splitlines()

@@ -4,7 +4,8 @@ import pytest
 from kdocr.cli import main
 from kdocr.config import make_config, save_config
 from kdocr.core import KdocrError
-from kdocr.jobs.runs import age_said, at_work, index_text, log_end, read_runs, run_folders, select, settings, total_steps
+from kdocr.jobs.runs import (format_age, at_work, runs_text, log_end, read_runs, run_folders, select, run_settings,
+                             total_steps)
 from kdocr.training.run_folder import RunFolder
 from kdocr.jobs.status import Status, utc
 
@@ -18,7 +19,7 @@ def make(results, name, steps=10, of=10, scores=None, status=None, **values):
     if status: (folder/'status.json').write_text(json.dumps({**dict(pid=1, host='elsewhere', heartbeat=utc(), attempt=1), **status}))
     return folder
 
-def scored(rr, n=300): return dict(val=dict(n=50, rr=.9), test=dict(n=n, rr=rr), steps=10, step=8)
+def scored(exact_match, n=300): return dict(val=dict(n=50, exact_match=.9), test=dict(n=n, exact_match=exact_match), steps=10, step=8)
 
 @pytest.fixture
 def results(tmp_path):
@@ -40,7 +41,7 @@ def test_rows(results):
     assert states(rows.values()) == {'begun': 'new', 'ctc': 'failed', 'exp/soft-0': 'running', 'exp/soft-1': 'dead', 'hr': 'finished'}
     hr, soft = rows['hr'], rows['exp/soft-1']
     assert [hr[k] for k in ('step', 'steps', 'mode', 'arm', 'seed', 'val', 'test', 'n')] == [10, 10, 'teacher', None, 0, .9, .5, 300] and 0 <= hr['age'] < 100
-    assert [soft[k] for k in ('step', 'steps', 'mode', 'arm', 'seed', 'val', 'test')] == [4, 10, 'student', 'soft', 1, None, None] and settings(soft)['lr'] == .01
+    assert [soft[k] for k in ('step', 'steps', 'mode', 'arm', 'seed', 'val', 'test')] == [4, 10, 'student', 'soft', 1, None, None] and run_settings(soft)['lr'] == .01
     assert rows['ctc']['error'] == 'ValueError: no'
     assert [r['name'] for r in read_runs(results/'hr')] == ['hr'] and [r['name'] for r in read_runs(results/'exp')] == ['soft-0', 'soft-1']
 
@@ -54,7 +55,7 @@ def test_of_two_testimonies_the_newer_counts(results):
 def test_a_training_without_a_notebook_is_seen_at_work(results):
     run = RunFolder(make(results, 'r', 3))
     assert states(read_runs(results))['r'] == 'stopped'
-    code = f"from kdocr.core import sole\nfrom pathlib import Path\nwith sole(Path({str(run.path/'.lock')!r}), 'training'): print('in', flush=True); input()"
+    code = f"from kdocr.core import try_lock\nfrom pathlib import Path\nwith try_lock(Path({str(run.path/'.lock')!r}), 'training'): print('in', flush=True); input()"
     with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == 'in\n'
         assert states(read_runs(results))['r'] == 'running' and at_work(run.path)
@@ -86,11 +87,11 @@ def test_a_fault_that_only_a_filter_finds(results, capsys):
 def test_a_log_being_written(tmp_path):
     log = tmp_path/'metrics.jsonl'
     assert log_end(log) == ({}, {})
-    for text, last, val in (('', {}, {}), ('{"step": 1', {}, {}), ('{"step": 1}\n{"st', {'step': 1}, {}), ('{"step": 1, "val_rr": 0.5}\n{"step": 2}\n{', {'step': 2}, {'step': 1, 'val_rr': .5})):
+    for text, last, val in (('', {}, {}), ('{"step": 1', {}, {}), ('{"step": 1}\n{"st', {'step': 1}, {}), ('{"step": 1, "val_exact_match": 0.5}\n{"step": 2}\n{', {'step': 2}, {'step': 1, 'val_exact_match': .5})):
         log.write_text(text)
         assert log_end(log) == (last, val)
-    log.write_text(''.join(json.dumps(dict(step=i, pad='x' * 100, **({'val_rr': i} if i % 500 == 0 else {}))) + '\n' for i in range(1, 5001)) + '{"step": 50')
-    assert log_end(log)[0]['step'] == 5000 and log_end(log)[1]['val_rr'] == 5000
+    log.write_text(''.join(json.dumps(dict(step=i, pad='x' * 100, **({'val_exact_match': i} if i % 500 == 0 else {}))) + '\n' for i in range(1, 5001)) + '{"step": 50')
+    assert log_end(log)[0]['step'] == 5000 and log_end(log)[1]['val_exact_match'] == 5000
 
 def test_steps_from_epochs():
     assert [total_steps(c, l) for c, l in (({'steps': 5, 'epochs': 9}, {}), ({'steps': None, 'epochs': 3}, {'step': 7, 'epoch': 7 / 2.5}), ({'steps': None, 'epochs': 3}, {}), ({}, {}))] == [5, 8, None, None]
@@ -110,7 +111,7 @@ def test_the_table(results, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ['run', 'state', 'step', 'mode', 'arm', 'seed', 'val', '%', 'test', '%', 'n', 'age', 'error']
     assert lines[1].split()[:9] == ['hr', 'finished', '10', 'of', '10', 'teacher', '0', '90.0', '50.0'] and lines[-1] == '5 runs: 1 dead, 1 failed, 1 finished, 1 new, 1 running'
-    assert [age_said(s) for s in (None, 59, 60, 3600, 86400 * 9)] == ['', '59 s', '1 min', '1 h', '9 d'] and index_text([]) == 'no runs'
+    assert [format_age(s) for s in (None, 59, 60, 3600, 86400 * 9)] == ['', '59 s', '1 min', '1 h', '9 d'] and runs_text([]) == 'no runs'
 
 def test_json_says_all(results, capsys):
     assert main(['runs', str(results), '--json', '--filter', 'name=hr']) == 0

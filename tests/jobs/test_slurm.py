@@ -10,7 +10,7 @@ import yaml
 
 from kdocr.cli import main
 from kdocr.core import KdocrError, read_json
-from kdocr.jobs.queue import Job, Lines, Slurm, Work, run_jobs
+from kdocr.jobs.queue import Job, Lines, Slurm, JobProcess, run_jobs
 from kdocr.training.run_folder import RunFolder
 from kdocr.training.train_kd import train_kd
 from slurm_cluster import absent, cluster
@@ -120,6 +120,6 @@ def test_a_controller_that_is_away_for_a_moment_takes_no_job_for_lost(tmp_path, 
     slurm = Slurm(tmp_path/'jobs')
     assert slurm.going() == {'7': 'running', '8_1': 'queued'}
     (bin/'squeue').write_text(f'#!/bin/sh\n{SILENT}\n')
-    assert slurm.submit([Work(Job(n, 1, {}), tmp_path/'n.ipynb', tmp_path) for n in 'ab']) == ['9_0', '9_1']
+    assert slurm.submit([JobProcess(Job(n, 1, {}), tmp_path/'n.ipynb', tmp_path) for n in 'ab']) == ['9_0', '9_1']
     assert slurm.going() == {'7': 'running', '8_1': 'queued', '9_0': 'queued', '9_1': 'queued'}
     with pytest.raises(KdocrError, match='squeue refuses: no controller'): Slurm(tmp_path/'jobs')

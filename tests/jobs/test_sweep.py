@@ -10,12 +10,12 @@ import yaml
 
 from kdocr.cli import main
 from kdocr.config import load_config
-from kdocr.core import KdocrError, Outside, Stopped, write_json
-from kdocr.jobs.queue import Full, Row
+from kdocr.core import KdocrError, TemporaryFailure, Stopped, write_json
+from kdocr.jobs.queue import DiskFull, JobState
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.training.run_folder import on_disk
 from kdocr.jobs.status import Status
-from kdocr.jobs.sweep import check_folders, faults, load_sweep, make_sweep, sweep
+from kdocr.jobs.sweep import check_folders, failures, load_sweep, make_sweep, sweep
 from kdocr.analysis.sweep_results import plot_results, results, results_text
 from sweeping import notebook
 from small_runs import SMALL, drawn
@@ -61,7 +61,7 @@ def test_shipped_experiments_can_be_run(file, capsys):
 
 def test_a_grid_and_a_list_are_named_by_what_differs(tmp_path):
     def names(**values): return [j.name for j in make_sweep(dict(out=str(tmp_path), **values)).jobs]
-    assert names(grid=dict(lr=[.001, 3e-2], augment=[0, 1])) == ['lr=0.001,augment=0', 'lr=0.001,augment=1', 'lr=0.03,augment=0', 'lr=0.03,augment=1']
+    assert names(grid=dict(lr=[.001, 3e-2], aug_strength=[0, 1])) == ['lr=0.001,aug_strength=0', 'lr=0.001,aug_strength=1', 'lr=0.03,aug_strength=0', 'lr=0.03,aug_strength=1']
     assert names(list=[dict(lr=.1), dict(lr=.1, ema=.5), dict(name='my own', seed=3)]) == ['lr=0.1', 'lr=0.1,ema=0.5', 'my-own']
     assert names(grid=dict(lr=[.1]), seeds=[0, 7]) == ['base-0', 'base-7']
     assert names(list=[dict(data='/a/Straße 1'), dict(data='/b/c')]) == ['data=Straße-1', 'data=c'], 'one word, and safe in a shell'
@@ -144,10 +144,10 @@ def in_turn(tmp_path, monkeypatch, fails):
 
 def test_in_turn_one_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
     rows = in_turn(tmp_path, monkeypatch, KdocrError('no such plates'))
-    assert [r.state for r in rows.values()] == ['finished', 'failed', 'finished'] and faults(rows) == ['b: failed: no such plates']
+    assert [r.state for r in rows.values()] == ['finished', 'failed', 'finished'] and failures(rows) == ['b: failed: no such plates']
 
 
-@pytest.mark.parametrize('kind', [Outside, lambda text: Stopped(15, text)])
+@pytest.mark.parametrize('kind', [TemporaryFailure, lambda text: Stopped(15, text)])
 def test_in_turn_what_lies_outside_ends_the_sweep(tmp_path, monkeypatch, kind):
     with pytest.raises(KdocrError, match='from here') as e: in_turn(tmp_path, monkeypatch, kind('the same goes on from here'))
     assert e.value.exit_code in (75, 143) and (tmp_path/'out/a').exists() and not (tmp_path/'out/c').exists()
@@ -157,7 +157,7 @@ def test_in_turn_a_full_disk_ends_the_sweep(tmp_path, monkeypatch):
     try:
         with on_disk(tmp_path/'last.pth'): raise OSError(errno.ENOSPC, 'No space left on device')
     except KdocrError as e:
-        with pytest.raises(Full, match='out: no space left on the disk .*last.pth.* give the same command again'): in_turn(tmp_path, monkeypatch, e)
+        with pytest.raises(DiskFull, match='out: no space left on the disk .*last.pth.* give the same command again'): in_turn(tmp_path, monkeypatch, e)
 
 
 def test_an_arm_may_go_and_another_come(tmp_path):
@@ -178,9 +178,9 @@ def test_a_notebook_of_ones_own(tmp_path):
     def plan(**own): return make_sweep(dict(notebook=str(file), out=str(tmp_path/'out'), list=[dict(own, name='one')]))
     assert plan().jobs[0].steps is None and plan(steps='7').jobs[0].steps == 7
     with pytest.raises(KdocrError, match="parameter wide: its default 2 \\*\\* 3 is no plain value; the notebook must name its type: wide: 'int'"): plan(wide=3)
-    write_json(tmp_path/'out/one/scores.json', dict(test=.5, val=dict(rr=.25)))
+    write_json(tmp_path/'out/one/scores.json', dict(test=.5, val=dict(exact_match=.25)))
     table = results(plan())
-    assert list(table.state) == ['finished'] and 'rr' not in table and 'one finished' in results_text(table) and Row(plan().jobs[0], tmp_path/'out').exact == .25
+    assert list(table.state) == ['finished'] and 'exact_match' not in table and 'one finished' in results_text(table) and JobState(plan().jobs[0], tmp_path/'out').exact == .25
     Status(tmp_path/'out/one', params=dict(out=str(tmp_path), name='one', word='b')).end('finished')
     for own in ({}, dict(word='a')):
         with pytest.raises(KdocrError, match='one: holds another run: word is .b. and .a. here'): check_folders(plan(**own))
@@ -201,7 +201,7 @@ def test_the_smallest_experiment_ends_in_a_comparison_and_is_not_run_twice(tmp_p
     said, kept = capsys.readouterr().out, json.loads((tmp_path/'out/compare/compare.json').read_text())
     assert 'control' in said and 'seed' in said and {a['arm'] for a in kept['arms']} >= {'control', 'seed'} and (tmp_path/'out/compare/forest.png').exists()
     before = {p: p.read_bytes() for p in (tmp_path/'out').rglob('metrics.jsonl')}
-    assert faults(sweep(load_sweep(file), cores=1)) == [] and before == {p: p.read_bytes() for p in before}
+    assert failures(sweep(load_sweep(file), cores=1)) == [] and before == {p: p.read_bytes() for p in before}
     assert load_config(tmp_path/'out/seed-0/config.yaml').control == 'control'
     capsys.readouterr()
     assert main(['sweep', str(file), '--list']) == 0 and capsys.readouterr().out.splitlines()[1] == 'control-0: 4 steps, finished'
@@ -218,12 +218,12 @@ def test_a_grid_ends_in_a_table_and_a_figure_and_says_what_failed(tmp_path, caps
     name = load_sweep(file).students[0]
     assert [l.split()[:2] for l in out.splitlines()[-5:-3]] == [[name, 'finished'], ['lost', 'failed']]
     assert re.search(r'^kdocr: lost: failed: train_kd.ipynb, cell \d+: KdocrError: .*nowhere', err, re.M) and (tmp_path/'out/sweep.png').exists() and (tmp_path/'out/sweep.pdf').exists()
-    assert (tmp_path/'out/sweep.csv').read_text().startswith('run,state,lr,mode,part,n,rr,cer\n')
+    assert (tmp_path/'out/sweep.csv').read_text().startswith('run,state,lr,mode,part,n,exact_match,cer\n')
 
 
 def test_dots_stand_at_their_scores_and_seeds_share_a_line(tmp_path):
     plan = make_sweep(dict(out=str(tmp_path), seeds=[0, 1], base=dict(steps=8), grid=dict(lr=[.001, .003])))
-    for n, rr in zip(plan.students, (.2, .5, .4)): write_json(tmp_path/n/'scores.json', dict(test=dict(n=50, rr=rr, cer=.1)))
+    for n, exact_match in zip(plan.students, (.2, .5, .4)): write_json(tmp_path/n/'scores.json', dict(test=dict(n=50, exact_match=exact_match, cer=.1)))
     table = results(plan)
     assert list(table.state) == ['finished'] * 3 + ['waiting'] and list(table.lr) == ['0.001', '0.003'] * 2
     ax = plot_results(table)
@@ -232,7 +232,7 @@ def test_dots_stand_at_their_scores_and_seeds_share_a_line(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, given, says, figure', [('sweep', {}, 'lr=0.005 finished', 'figures/sweep.png'), ('ablate_taps', dict(steps=2, teacher_steps=2, synth_tracks=24, synth_test=6, val_share=.3, batch_size=8), 'backbone+logits against none', 'figures/taps.png')])
+@pytest.mark.parametrize('name, given, says, figure', [('sweep', {}, 'lr=0.005 finished', 'figures/sweep.png'), ('ablate_taps', dict(steps=2, teacher_steps=2, synth_tracks=24, synth_test=6, val_frac=.3, batch_size=8), 'backbone+logits against none', 'figures/taps.png')])
 def test_run_notebooks_end_in_a_table_and_a_figure(name, given, says, figure, tmp_path):
     nb = nbformat.read(run_notebook(name, tmp_path, dict(out=tmp_path, **given)), 4)
     assert says in ' '.join(str(o.get('text', '')) for c in nb.cells if c.cell_type == 'code' for o in c.outputs) and (tmp_path/figure).exists()
@@ -240,6 +240,6 @@ def test_run_notebooks_end_in_a_table_and_a_figure(name, given, says, figure, tm
 
 def test_a_full_disk_is_status_75(tmp_path, monkeypatch, capsys):
     "EX_TEMPFAIL: the same command works later."
-    def full(*a, **kw): raise Full(f'{tmp_path}: no space left on the disk')
+    def full(*a, **kw): raise DiskFull(f'{tmp_path}: no space left on the disk')
     monkeypatch.setattr('kdocr.jobs.sweep.run_jobs', full)
     assert main(['sweep', str(write(tmp_path, base=dict(SMALL, data=drawn())))]) == 75 and 'no space left' in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 from kdocr.models import frozen as fast
 from kdocr.core import KdocrError
-from kdocr.models.frozen import Frozen, compile_taps, folded, frozen, has_fast_bf16, keep_memory
+from kdocr.models.frozen import FrozenTeacher, compile_taps, fold_batchnorm, frozen_teacher, has_fast_bf16, keep_memory
 from kdocr.models.restran import make_model
 from kdocr.models.taps import HookTaps, TapOut
 
@@ -46,7 +46,7 @@ def test_it_says_what_the_model_says(name, precision, tolerance):
     model, x = used(make_model(name)), images(1)
     with torch.no_grad(): live = model.forward_taps(x)
     before, kept = state(model), x.clone()
-    guest = frozen(model, precision)
+    guest = frozen_teacher(model, precision)
     said, again = guest.forward_taps(x), guest(x)
     assert apart(said, live) < tolerance
     assert same(said, again) and torch.equal(x, kept)
@@ -56,23 +56,23 @@ def test_it_says_what_the_model_says(name, precision, tolerance):
 
 def test_no_norm_is_left(tiny):
     assert sum(isinstance(m, NORMS) for m in tiny.modules()) == 11
-    assert not any(isinstance(m, NORMS) for m in folded(tiny).modules())
+    assert not any(isinstance(m, NORMS) for m in fold_batchnorm(tiny).modules())
 
 def test_its_precision_is_its_own(tiny):
-    x, fp32, bf16 = images(), frozen(tiny), frozen(tiny, 'bf16')
+    x, fp32, bf16 = images(), frozen_teacher(tiny), frozen_teacher(tiny, 'bf16')
     a, b = fp32.forward_taps(x), bf16.forward_taps(x)
     with torch.autocast('cpu', torch.bfloat16): assert same(fp32.forward_taps(x), a) and same(bf16.forward_taps(x), b)
     assert 0 < apart(b, a) < 2e-2
 
 def test_later_training_of_the_model_does_not_reach_it(tiny):
-    x, guest = images(), frozen(tiny)
+    x, guest = images(), frozen_teacher(tiny)
     first = guest.forward_taps(x)
     with torch.no_grad():
         for p in tiny.parameters(): p.add_(1.)
     assert same(guest.forward_taps(x), first)
 
 def test_its_taps_are_constants_in_a_loss(tiny):
-    guest, student, x = frozen(tiny, 'bf16'), make_model('restran_tiny').train(), images()
+    guest, student, x = frozen_teacher(tiny, 'bf16'), make_model('restran_tiny').train(), images()
     s, t = student.forward_taps(x), guest.forward_taps(x)
     sum((s.taps[k] - t.taps[k]).square().mean() for k in t.taps).backward()
     assert student.backbone.stem[0][0].weight.grad.abs().sum() > 0
@@ -81,7 +81,7 @@ def test_its_taps_are_constants_in_a_loss(tiny):
 
 def test_no_train_mode_and_no_weights(tiny):
     class Host(nn.Module):
-        def __init__(self): super().__init__(); self.layer, self.guest = nn.Linear(2, 2), frozen(used(make_model('restran_31m')))
+        def __init__(self): super().__init__(); self.layer, self.guest = nn.Linear(2, 2), frozen_teacher(used(make_model('restran_31m')))
     host, x = Host(), images(1) # restran_31m has dropout
     first = host.guest.forward_taps(x)
     host.train(); host.requires_grad_(True)
@@ -91,14 +91,14 @@ def test_no_train_mode_and_no_weights(tiny):
     assert host.guest.eval() is host.guest and host.guest.to('cpu') is host.guest
 
 def test_its_device_can_change_and_its_precision_cannot(tiny):
-    guest, x = frozen(tiny), images()
+    guest, x = frozen_teacher(tiny), images()
     with pytest.raises(TypeError): guest.to(torch.bfloat16)
-    guest.half(); assert same(guest.forward_taps(x), frozen(tiny).forward_taps(x))
+    guest.half(); assert same(guest.forward_taps(x), frozen_teacher(tiny).forward_taps(x))
     assert same(copy.deepcopy(guest).forward_taps(x), guest.forward_taps(x))
 
 def test_faults_are_named(tiny):
-    with pytest.raises(KdocrError, match="precision 'bf15'.*did you mean 'bf16'"): frozen(tiny, 'bf15')
-    with pytest.raises(KdocrError, match='Linear has no forward_taps'): frozen(nn.Linear(2, 2))
+    with pytest.raises(KdocrError, match="precision 'bf15'.*did you mean 'bf16'"): frozen_teacher(tiny, 'bf15')
+    with pytest.raises(KdocrError, match='Linear has no forward_taps'): frozen_teacher(nn.Linear(2, 2))
 
 # ---- foreign models
 
@@ -110,8 +110,8 @@ class Foreign(nn.Module):
 def same_as_live(net, folds):
     model, x = Foreign(used(net)), torch.rand(2, 1, 3, 8, 16)
     norms = sum(isinstance(m, NORMS) for m in model.modules())
-    with torch.no_grad(): assert apart(frozen(model).forward_taps(x), model.forward_taps(x)) < 1e-5
-    assert sum(isinstance(m, NORMS) for m in folded(model).modules()) == norms - folds
+    with torch.no_grad(): assert apart(frozen_teacher(model).forward_taps(x), model.forward_taps(x)) < 1e-5
+    assert sum(isinstance(m, NORMS) for m in fold_batchnorm(model).modules()) == norms - folds
 
 def test_without_a_batchnorm(): same_as_live(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Dropout(.5)), 0)
 
@@ -139,7 +139,7 @@ def test_statistics_of_the_batch_are_not_folded():
         def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
         def forward_taps(self, x): return TapOut(self.net(x[:, 0]).mean(2).transpose(1, 2), {})
     model, x = Batch().eval(), torch.rand(4, 1, 3, 8, 16)
-    with torch.no_grad(): assert apart(frozen(model).forward_taps(x), model.forward_taps(x)) < 1e-5
+    with torch.no_grad(): assert apart(frozen_teacher(model).forward_taps(x), model.forward_taps(x)) < 1e-5
 
 # ---- bf16
 
@@ -163,7 +163,7 @@ def test_bf16_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
 def test_compiled_in_place(tiny, backend):
     torch._dynamo.reset()
-    x, plain, guest = images(), copy.deepcopy(tiny), frozen(tiny)
+    x, plain, guest = images(), copy.deepcopy(tiny), frozen_teacher(tiny)
     assert compile_taps(tiny, 'on', backend=backend) is tiny
     assert list(tiny.state_dict()) == list(plain.state_dict()) and not any('_orig_mod' in k for k in tiny.state_dict())
     plain.load_state_dict(tiny.state_dict(), strict=True)
@@ -175,14 +175,14 @@ def test_compiled_in_place(tiny, backend):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=k)
 
 def test_a_copy_of_a_compiled_model_is_the_copys_own(tiny):
-    x, first = images(), frozen(tiny).forward_taps(images())
+    x, first = images(), frozen_teacher(tiny).forward_taps(images())
     compile_taps(tiny, 'on', backend='eager')
     twin = copy.deepcopy(tiny)
     assert twin.forward_taps.__self__ is twin and tiny.forward_taps.__self__ is tiny
     with torch.no_grad():
         for p in twin.parameters(): p.zero_()
         assert not torch.equal(twin.forward_taps(x).logits, tiny.forward_taps(x).logits)
-    assert first.logits.isfinite().all() and apart(frozen(tiny).forward_taps(x), tiny.forward_taps(x)) < 1e-5
+    assert first.logits.isfinite().all() and apart(frozen_teacher(tiny).forward_taps(x), tiny.forward_taps(x)) < 1e-5
 
 def test_auto_compiles_on_cuda_alone(tiny, monkeypatch):
     asked = []

@@ -15,7 +15,7 @@ from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.reader.recogniser import session
-from kdocr.reader.export import Comparison, about, compare_graph, export, halved, to_onnx
+from kdocr.reader.export import Comparison, export_about, compare_graph, export, to_half_weights, to_onnx
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import RunFolder, describe, save_checkpoint
 from small_runs import drawn
@@ -67,9 +67,9 @@ def test_what_the_file_says_of_itself(tiny):
 
 def test_metadata_of_what_was_calibrated_and_what_was_not(tiny):
     ckpt = dict(charset='abc', height=32, width=96, frames=5, model_type='restran_tiny')
-    assert about(ckpt) == dict(ckpt, temperature=1., layouts=[])
-    assert about(dict(ckpt, charset=Charset().chars))['layouts'] == ['Brazilian', 'Mercosur']
-    assert about(dict(ckpt, temperature=1.4, layouts=['Brazilian']))['temperature'] == 1.4
+    assert export_about(ckpt) == dict(ckpt, temperature=1., layouts=[])
+    assert export_about(dict(ckpt, charset=Charset().chars))['layouts'] == ['Brazilian', 'Mercosur']
+    assert export_about(dict(ckpt, temperature=1.4, layouts=['Brazilian']))['temperature'] == 1.4
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_export_with_the_data_of_its_run(tiny, tmp_path, capsys):
     path, model, _ = tiny
     run = tmp_path/'results'/'mine'
     (run/'checkpoints').mkdir(parents=True)
-    (run/'config.yaml').write_text(f'data: {drawn()}\nval_share: 0.2\nname: mine\nout: {tmp_path}/results\n')
+    (run/'config.yaml').write_text(f'data: {drawn()}\nval_frac: 0.2\nname: mine\nout: {tmp_path}/results\n')
     ckpt = (run/'checkpoints'/'best.pth'); ckpt.write_bytes(path.read_bytes())
     assert RunFolder.of(ckpt) == RunFolder(run) and RunFolder.of(path) is None
     assert main(['export', str(ckpt)]) == 0
@@ -136,7 +136,7 @@ def test_half_keeps_what_16_bits_cannot_hold(tiny):
     big = max(graph.graph.initializer, key=lambda w: len(w.raw_data))
     x = onnx.numpy_helper.to_array(big).copy(); x.flat[0] = 1e6
     big.CopyFrom(onnx.numpy_helper.from_array(x, big.name))
-    kept = next(w for w in halved(graph).graph.initializer if w.name == big.name)
+    kept = next(w for w in to_half_weights(graph).graph.initializer if w.name == big.name)
     assert kept.data_type == onnx.TensorProto.FLOAT and float(onnx.numpy_helper.to_array(kept).flat[0]) == 1e6
     assert any(w.data_type == onnx.TensorProto.FLOAT16 for w in graph.graph.initializer)
 

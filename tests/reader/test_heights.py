@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from kdocr.core import KdocrError
-from kdocr.reader.heights import at_heights, labelled_folder, read_at, shrunk
+from kdocr.reader.heights import accuracy_by_height, labelled_folder, predict_at_height, downscale
 
 
 def folder(path, raw, encoding='utf-8'):
@@ -34,7 +34,7 @@ def test_labels_that_are_no_text(tmp_path):
 def test_heights_are_counted_as_seen(tmp_path):
     pictures = labelled_folder(folder(tmp_path, 'file,text\na.png,X\nü b.png,Y\n'))
     def read(seen): return [('X', .5)]*len(seen)
-    assert [p.height for p in read_at(read, pictures, 16)[0]] == [16, 12] # nothing is made taller
-    rows = at_heights(read, pictures, (None, 16), 'says X')
+    assert [p.height for p in predict_at_height(read, pictures, 16)[0]] == [16, 12] # nothing is made taller
+    rows = accuracy_by_height(read, pictures, (None, 16), 'says X')
     assert [(r['reader'], r['height'], r['pictures'], r['exact'], r['cer']) for r in rows] == [('says X', 'as stored', 2, .5, .5), ('says X', 16, 2, .5, .5)]
-    assert shrunk(pictures[0].picture, 10).shape == (10, 30, 3) and shrunk(pictures[1].picture, 24) is pictures[1].picture
+    assert downscale(pictures[0].picture, 10).shape == (10, 30, 3) and downscale(pictures[1].picture, 24) is pictures[1].picture

@@ -11,8 +11,8 @@ import torch
 from kdocr.config import load_config
 from kdocr.core import KdocrError
 from kdocr.data.batches import open_data
-from kdocr.reader.heights import WAYS, labelled_folder, shrunk
-from kdocr.data.icpr import check, index, make_split, read_image
+from kdocr.reader.heights import DECODE_MODES, labelled_folder, downscale
+from kdocr.data.icpr import check, index_data, make_split, read_image
 from kdocr.reader.mixed import LOW, crop_tracks, mixed_csv
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.reader.recogniser import Reader, shipped
@@ -44,10 +44,10 @@ def by_key(found): return {t.key: t for t in found.train}
 
 def test_everything_is_listed_where_it_lies(tmp_path, crops, drawn):
     listing = mixed_csv(tmp_path/'lists'/'mixed.csv', [crops, drawn], [drawn], copies=2)
-    found = index(listing)
+    found = index_data(listing)
     assert not found.faults and not found.test, 'the test part of a folder is left alone'
     assert len(found.train) == 2*6 + 2*8 + 8 and sorted({t.scenario for t in found.train}) == ['drawn', 'photographed']
-    tracks, own = by_key(found), {t.key: t for t in index(drawn).train}
+    tracks, own = by_key(found), {t.key: t for t in index_data(drawn).train}
     assert tracks['0/é 1.png'].text == 'QVS2D10' and tracks['0/é 1.png'].layout == 'Mercosur'
     assert [p.resolve() for p in tracks['0/é 1.png (2)'].hr] == [(crops/'é 1.png').resolve()]*5
     for k, t in own.items(): # the same plates, once as photographs, once as drawn
@@ -65,7 +65,7 @@ def test_lr_frames_of_a_crop(tmp_path, crops):
     near = read_image(crops/'é 0.png')
     low = [[read_image(f) for _, f in p.frames] for p in plates]
     assert [p.copy for p in plates] == [0, 1, 2] and [[x.shape[0] for x in each] for each in low] == [[*LOW]]*3
-    for x, h in zip(low[0], LOW): assert np.array_equal(x, shrunk(near, h))
+    for x, h in zip(low[0], LOW): assert np.array_equal(x, downscale(near, h))
     assert all(not np.array_equal(a, b) for pair in ((0, 1), (1, 2)) for a, b in zip(low[pair[0]], low[pair[1]])), 'each copy has its own camera'
     last = [p for p in crop_tracks(crops, tmp_path/'low', copies=2, camera=True) if p.key == 'é 5.png']
     assert [[read_image(f).shape[0] for _, f in p.frames] for p in last] == [[18, 18, 16, 14, 12]]*2, 'never enlarged'
@@ -77,7 +77,7 @@ def test_a_plate_is_on_one_side_of_the_split(tmp_path, crops, drawn):
     also.mkdir()
     (also/'labels.csv').write_text('file,text\n"../Größe, Fotos/é 0.png",ABC1234\n', encoding='utf-8')
     for seed in range(4):
-        found = index(mixed_csv(tmp_path/f'{seed}.csv', [crops], [also, drawn], copies=2, val_share=.5, seed=seed))
+        found = index_data(mixed_csv(tmp_path/f'{seed}.csv', [crops], [also, drawn], copies=2, val_frac=.5, seed=seed))
         split, tracks = make_split(found.train, named=found.val), by_key(found)
         texts = lambda keys: {tracks[k].text for k in keys}
         assert len(texts(split.val)) == 3 and not texts(split.val) & texts(split.train)
@@ -86,13 +86,13 @@ def test_a_plate_is_on_one_side_of_the_split(tmp_path, crops, drawn):
         assert ('ABC1234' in texts(split.val)) == any(k.startswith('1/') for k in split.left_out)
         assert len(split.train) + len(split.val) + len(split.left_out) == 2*6 + 1 + 8
     assert {p.name for p in tmp_path.iterdir()} == {'also', crops.name, *(f'{s}{e}' for s in range(4) for e in ('.csv', '.kdocr'))}, 'nothing is written elsewhere'
-    assert len({tuple(sorted(index(tmp_path/f'{s}.csv').val)) for s in range(4)}) > 1, 'the seed draws'
+    assert len({tuple(sorted(index_data(tmp_path/f'{s}.csv').val)) for s in range(4)}) > 1, 'the seed draws'
 
 
 def test_the_trainer_obeys_the_list(tmp_path, crops, drawn):
-    listing = mixed_csv(tmp_path/'m.csv', [crops], [drawn], copies=2, val_share=.3)
-    data = open_data(load_config('reader', data=listing, out=tmp_path, val_share=.3))
-    assert {*data.val.keys} == index(listing).val and data.test is None
+    listing = mixed_csv(tmp_path/'m.csv', [crops], [drawn], copies=2, val_frac=.3)
+    data = open_data(load_config('reader', data=listing, out=tmp_path, val_frac=.3))
+    assert {*data.val.keys} == index_data(listing).val and data.test is None
     assert not {*data.val.texts} & {*data.train.texts} and data.train.batch(torch.arange(4), 0).images.shape == (4, 1, 3, 32, 128)
 
 
@@ -111,7 +111,7 @@ def test_the_same_again_changes_no_file(tmp_path, crops, drawn):
 def test_it_can_be_moved_with_its_folders(tmp_path, crops, drawn):
     listing = mixed_csv(crops/'m.csv', [crops])
     assert not any(r['hr'].startswith('/') or r['lr'].startswith('/') for r in csv.DictReader(open(listing, encoding='utf-8')))
-    found = index((crops.rename(tmp_path/'moved'))/'m.csv')
+    found = index_data((crops.rename(tmp_path/'moved'))/'m.csv')
     assert not found.faults and len(found.train) == 18
 
 
@@ -122,7 +122,7 @@ def test_what_is_refused(tmp_path, crops, drawn):
     said('no folder of photographs', [], [drawn])
     said('nowhere: no such folder', [tmp_path/'nowhere'])
     said('copies: 0', [crops], copies=0)
-    said('val_share 1', [crops], val_share=1)
+    said('val_frac 1', [crops], val_frac=1)
     said('heights', [crops], heights=(24, 20, 16, 14, 12, 10))
     said('heights', [crops], heights=())
     said('at least 1 px', [crops], heights=(16, 0))
@@ -135,16 +135,16 @@ def test_what_is_refused(tmp_path, crops, drawn):
 
 def test_a_folder_with_faults_is_named(tmp_path, crops):
     bad = synth(tmp_path/'bad', tracks=3, test=0, seed=9)
-    index(bad).train[0].hr[2].unlink()
+    index_data(bad).train[0].hr[2].unlink()
     with pytest.raises(KdocrError, match=r'bad: 1 faults, the first: .*hr-003.*missing; kdocr check'): mixed_csv(tmp_path/'x.csv', [crops], [bad])
 
 
 def test_the_run_notebook_small(tmp_path, crops):
-    kept = run_notebook('photographs_reader', tmp_path/'out'/'mine', dict(out=str(tmp_path/'out'), name='mine', photographs=[str(crops)], tracks=8, steps=3, batch_size=4, val_share=.3, unseen=str(crops)))
+    kept = run_notebook('photographs_reader', tmp_path/'out'/'mine', dict(out=str(tmp_path/'out'), name='mine', photographs=[str(crops)], tracks=8, steps=3, batch_size=4, val_frac=.3, unseen=str(crops)))
     said = ' '.join(str(o.get('text', '')) for c in nbformat.read(kept, 4).cells if c.cell_type == 'code' for o in c.outputs)
     assert 'photographed    18' in said and 'drawn            8' in said and 'stand in' not in said
     with open(tmp_path/'out/mine/heights.csv') as f: rows = list(csv.DictReader(f))
-    assert {(r['decoder'], r['height']) for r in rows} == {(d, h) for d in WAYS for h in ('as stored', '24', '16', '12')}
+    assert {(r['decoder'], r['height']) for r in rows} == {(d, h) for d in DECODE_MODES for h in ('as stored', '24', '16', '12')}
     assert {r['pictures'] for r in rows if r['set'].startswith('unseen')} == {'6'}
     assert (tmp_path/'out/mine/checkpoints/best.pth').is_file() and (tmp_path/'out/mine/figures/readings.png').is_file()
 
@@ -154,14 +154,14 @@ def rows_of(path): return list(csv.DictReader(open(path, encoding='utf-8')))
 
 def test_unseen_counts_what_is_read(tmp_path, crops, drawn):
     run_notebook('unseen', tmp_path/'out', dict(out=str(tmp_path/'out'), checkpoints=[str(shipped())]*2, pictures=str(crops), tracks=str(drawn)))
-    reader, plates, tracks = Reader.load(), labelled_folder(crops), index(drawn).test
+    reader, plates, tracks = Reader.load(), labelled_folder(crops), index_data(drawn).test
     for row in rows_of(tmp_path/'out/unseen_heights.csv'):
         h = None if row['height'] == 'as stored' else int(row['height'])
-        right = [r.text == p.text for r, p in zip(reader.read([shrunk(p.picture, h) for p in plates], **WAYS[row['decoder']]), plates)]
+        right = [r.text == p.text for r, p in zip(reader.read([downscale(p.picture, h) for p in plates], **DECODE_MODES[row['decoder']]), plates)]
         assert {float(row[k]) for k in ('mean', 'least', 'most', 'seed 0', 'seed 1')} == {100*np.mean(right)} and row['n'] == '6'
     for row in (rows := rows_of(tmp_path/'out/unseen_frames.csv')):
-        if 'five' in row['frames'] and 'any' not in row['frames']: got = reader.read([list(t.lr) for t in tracks], **WAYS[row['decoder']], frames=row['frames'].split()[0])
-        else: got = reader.read([[f] for t in tracks for f in (t.lr if 'any' in row['frames'] else t.lr[:1])], **WAYS[row['decoder']])
+        if 'five' in row['frames'] and 'any' not in row['frames']: got = reader.read([list(t.lr) for t in tracks], **DECODE_MODES[row['decoder']], frames=row['frames'].split()[0])
+        else: got = reader.read([[f] for t in tracks for f in (t.lr if 'any' in row['frames'] else t.lr[:1])], **DECODE_MODES[row['decoder']])
         texts = np.repeat([t.text for t in tracks], len(got)//len(tracks))
         assert float(row['mean']) == pytest.approx(100*np.mean([r.text == t for r, t in zip(got, texts)]))
     rate = {(r['decoder'], r['frames']): float(r['mean']) for r in rows}
@@ -176,5 +176,5 @@ def test_unseen_counts_what_is_read(tmp_path, crops, drawn):
 
 @pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason='the photographs are not here')
 def test_no_plate_of_the_photographed_test_part_is_in_its_training_part():
-    seen = {r['text'] for r in csv.DictReader(open(PHOTOGRAPHS/'train_crops/labels.csv'))} | {t.text for t in index(PHOTOGRAPHS).train}
+    seen = {r['text'] for r in csv.DictReader(open(PHOTOGRAPHS/'train_crops/labels.csv'))} | {t.text for t in index_data(PHOTOGRAPHS).train}
     assert not seen & {r['text'] for r in csv.DictReader(open(PHOTOGRAPHS/'test_crops/labels.csv'))} and len(seen) > 400

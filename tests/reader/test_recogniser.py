@@ -9,7 +9,7 @@ from kdocr.reader import recogniser as R
 from kdocr.charset import Charset, fits
 from kdocr.cli import main
 from kdocr.core import KdocrError
-from kdocr.reader.recogniser import Network, Reader, items, load_network, picture
+from kdocr.reader.recogniser import Network, Reader, find_plates, load_network, load_image
 
 CS, TEXT = Charset(), 'ABC1D23'
 ABOUT = dict(charset=CS.chars, height=32, width=128, frames=1, model_type='bars')
@@ -92,7 +92,7 @@ def test_sixteen_bit_colour_is_read(tmp_path):
     cv2.imwrite(str(tmp_path/'c.tif'), bars().astype(np.uint16)*257)
     assert texts(READER.read([tmp_path/'c.png', tmp_path/'c.tif'])) == [TEXT]*2
 
-def test_transparent_is_white(): assert (picture(clear_corner()).pixels[:16] == 255).all() and (picture(clear_corner()).pixels[16:] == bars()[16:]).all()
+def test_transparent_is_white(): assert (load_image(clear_corner()).pixels[:16] == 255).all() and (load_image(clear_corner()).pixels[16:] == bars()[16:]).all()
 
 @pytest.mark.parametrize('x', [bars(), bars()[..., 0], bars()[..., :1], np.dstack([bars(), np.full((32, 128), 255, np.uint8)]), bars()[..., 0].astype(np.uint16)*257, bars()[:, ::-1][:, ::-1], Image.fromarray(bars()), grey(),
                                bars()/255, (bars()[..., 0]/255).astype(np.float32), bars()[..., 0].astype('>u2')*257], ids=range(11))
@@ -105,9 +105,9 @@ def test_pixels_are_those_of_training(tmp_path):
     noise = cv2.GaussianBlur(rng.integers(0, 256, (37, 113, 3), dtype=np.uint8), (5, 5), 1)
     for name, how in [('a.png', {}), *((f'{q}-{s}.jpg', dict(quality=q, subsampling=s)) for q in (30, 75, 95) for s in (0, 1, 2)), ('p.jpg', dict(progressive=True))]:
         Image.fromarray(noise).save(tmp_path/name, **how)
-        np.testing.assert_array_equal(picture(tmp_path/name).pixels, read_image(tmp_path/name))
+        np.testing.assert_array_equal(load_image(tmp_path/name).pixels, read_image(tmp_path/name))
     crops = sorted((Path(__file__).parents[2]/'shared/data/plates_br/test_crops').rglob('*.*g'))[:40] + sorted(Path('/work/shared/data/plates_br/test_crops').rglob('*.*g'))[:40]
-    for p in crops: np.testing.assert_array_equal(picture(p).pixels, read_image(p))
+    for p in crops: np.testing.assert_array_equal(load_image(p).pixels, read_image(p))
 
 
 # ---------------------------------------------------------------- and what is refused, by name
@@ -154,7 +154,7 @@ def test_folders_and_tracks_are_found_in_order(tmp_path):
     for i in (1, 4): save(tmp_path/f'test/track_1/lr-00{i}.jpg')
     save(tmp_path/'b.png'); save(tmp_path/'a/z.JPG'); save(tmp_path/'.hidden/x.png'); save(tmp_path/'a/.x.png')
     (tmp_path/'test/track_3').mkdir(); (tmp_path/'a/notes.txt').write_text('-'); (tmp_path/'loop').symlink_to(tmp_path)
-    found = [(i.name.removeprefix(f'{tmp_path}/'), [Path(f).name[:6] for f in i.frames], i.left_out) for i in items(tmp_path)]
+    found = [(i.name.removeprefix(f'{tmp_path}/'), [Path(f).name[:6] for f in i.frames], i.left_out) for i in find_plates(tmp_path)]
     assert found == [('b.png', ['b.png'], ()), ('a/z.JPG', ['z.JPG'], ()), ('test/track_1', ['lr-001', 'lr-004'], ('lr-002: missing', 'lr-003: missing', 'lr-005: missing')),
                      ('test/track_2', [f'lr-00{i}' for i in range(1, 6)], ()), ('test/track_3', [], tuple(f'lr-00{i}: missing' for i in range(1, 6)))]
     records = READER.read(tmp_path)
@@ -176,18 +176,18 @@ def test_links_are_followed_but_for_those_that_lead_back_up(tmp_path):
     save(tmp_path/'in/a/b.png')
     for name, to in (('track_1', tmp_path/'far/track_9'), ('up', tmp_path), ('root', '/'), ('here', '.'), ('a/back', '../a'), ('self', 'self'), ('z', tmp_path/'far')): (tmp_path/'in'/name).symlink_to(to)
     (tmp_path/'far/down').symlink_to(tmp_path/'in') # a ring of two
-    assert [(i.name.removeprefix(f'{tmp_path}/'), len(i.frames)) for i in items(tmp_path/'in')] == [('in/a/b.png', 1), ('in/track_1', 5), ('in/z/track_9', 5)]
+    assert [(i.name.removeprefix(f'{tmp_path}/'), len(i.frames)) for i in find_plates(tmp_path/'in')] == [('in/a/b.png', 1), ('in/track_1', 5), ('in/z/track_9', 5)]
 
 def test_a_track_is_one_with_a_slash_at_its_end(tmp_path):
     (tmp_path/'track_7').mkdir()
-    assert [i.left_out[0] for i in items(f'{tmp_path}/track_7/')] == ['lr-001: missing']
+    assert [i.left_out[0] for i in find_plates(f'{tmp_path}/track_7/')] == ['lr-001: missing']
 
 def test_arrays_of_arrays_and_iterators():
     "What is stacked reads as what is listed; an iterator is drawn from as far as it is asked."
     x, y = bars(), bars('XYZ9876')
     assert [(r.path, r.text) for r in READER.read(np.stack([x, y]))] == [('image 0', TEXT), ('image 1', 'XYZ9876')]
     assert [(r.path, r.frames) for r in READER.read([x, np.stack([x]*5)])] == [('image 0', 1), ('track 1', 5)]
-    assert [r.frames for r in READER.read(np.stack([[x]*3]*2))] == [3, 3] and READER.read(R.Item('by name', [x]))[0].path == 'by name'
+    assert [r.frames for r in READER.read(np.stack([[x]*3]*2))] == [3, 3] and READER.read(R.PlateInput('by name', [x]))[0].path == 'by name'
     camera = itertools.count()
     stream = READER.stream((x for _ in camera), batch=4)
     assert [next(stream).text for _ in range(5)] == [TEXT]*5 and next(camera) == 8 and READER.read(iter([])) == READER.read([]) == []
@@ -289,7 +289,7 @@ def test_a_second_look_is_the_mean_of_five(frames):
     def run(x): return (x.mean(1).reshape(len(x), -1) @ weights).reshape(-1, 16, 37)
     r, track = net(run, frames=1 + 4*(frames == 'attention')), rng.integers(0, 255, (2, 32, 128, 3)).astype(np.uint8)
     def by_hand(): # for sum and attention
-        looks = [np.stack([np.roll(f, (-y, -x), (0, 1)) for f in np.pad(track, ((0, 0), (8, 8), (8, 8), (0, 0)), 'edge')])[:, 8:-8, 8:-8] for x, y in R.LOOKS]
+        looks = [np.stack([np.roll(f, (-y, -x), (0, 1)) for f in np.pad(track, ((0, 0), (8, 8), (8, 8), (0, 0)), 'edge')])[:, 8:-8, 8:-8] for x, y in R.TTA_SHIFTS]
         return [run((f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[:, None] if frames == 'sum' else (f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[None]) for f in looks]
     def norm(x): return x - np.log(np.exp(x).sum(-1, keepdims=True))
     one, five = r.read([list(track)], frames=frames, again=0)[0], r.read([list(track)], frames=frames, again=1)[0]
@@ -304,13 +304,13 @@ def test_how_unsure_is_a_probability():
         with pytest.raises(KdocrError, match=f'again {p}: a probability'): READER.read(flat(0), again=p)
 
 def test_the_layout_is_the_networks_own():
-    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts='either').settle().layout == 'either' and net(read_bars, layouts=[]).settle()[:3] == ('beam', '', 'sum')
+    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts='nonblank_any').settle().layout == 'nonblank_any' and net(read_bars, layouts=[]).settle()[:3] == ('beam', '', 'sum')
     assert Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle()[:3] == ('beam', '', 'sum')
-    with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle(layout='either')
+    with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle(layout='nonblank_any')
 
 def test_pictures_are_opened_a_batch_at_a_time(monkeypatch):
     opened = []
-    monkeypatch.setattr(R, 'picture', lambda s: (opened.append(s), picture(s))[1])
+    monkeypatch.setattr(R, 'load_image', lambda s: (opened.append(s), load_image(s))[1])
     stream = READER.stream([bars()]*10_000, batch=20)
     next(stream)
     assert len(opened) == 20

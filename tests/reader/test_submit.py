@@ -13,11 +13,12 @@ from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.decoding import log_softmax
-from kdocr.data.icpr import index
-from kdocr.reader.recogniser import Network, Reader, picture
+from kdocr.data.icpr import index_data
+from kdocr.reader.recogniser import Network, Reader, load_image
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import describe, save_checkpoint
-from kdocr.reader.submit import agree, asked_tracks, check_submission, line, read_together, submit, write_submission
+from kdocr.reader.submit import (agree, asked_tracks, check_submission, submission_line, read_together, submit,
+                                 write_submission)
 
 KEYS = ['track_20001', 'track_20002', 'track_20003']
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent.parent.parent/'shared/data/plates_br'
@@ -48,7 +49,7 @@ def faults(path, folder): return [f.removeprefix(f'{path}: ') for f in check_sub
 
 # ---------------------------------------------------------------- the form
 def test_a_line_and_a_zip(tmp_path):
-    assert line('track_00001', 'ABC1234', .98764) == 'track_00001,ABC1234;0.9876'
+    assert submission_line('track_00001', 'ABC1234', .98764) == 'track_00001,ABC1234;0.9876'
     rows = [(k, 'ABC1234', i / 7) for i, k in enumerate(KEYS)]
     a, b = write_submission(tmp_path/'a b.zip', rows), write_submission(tmp_path/'c'/'a b.zip', rows[::-1])
     assert a.read_bytes() == b.read_bytes() and zipfile.ZipFile(a).namelist() == ['a b.txt']
@@ -147,14 +148,14 @@ def test_the_commands_exit_status(competition, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- reading
-def frames_of(folder): return [[picture(p).pixels for p in t.lr] for t in asked_tracks(folder)]
+def frames_of(folder): return [[load_image(p).pixels for p in t.lr] for t in asked_tracks(folder)]
 
 
 def test_one_checkpoint_is_the_reader_itself(competition, tmp_path):
     for i, how in enumerate((dict(), dict(frames=5))):
         r = Reader.load(checkpoint(tmp_path/f'{i}.pth', seed=3, **how))
         tracks = [*frames_of(competition), frames_of(competition)[0][:2]]  # of five frames and of two
-        for got, want in zip(read_together([r], tracks), r.read(tracks, layout='either'), strict=True):
+        for got, want in zip(read_together([r], tracks), r.read(tracks, layout='nonblank_any'), strict=True):
             assert got.text == want.text and got.confidence == pytest.approx(want.confidence, rel=1e-4)
 
 
@@ -208,8 +209,8 @@ def test_submit(competition, tmp_path, capsys):
 def test_the_folder_is_walked_once_and_a_place_is_asked_for_first(competition, tmp_path, monkeypatch):
     from kdocr.reader import submit as module
     ckpt, walked, opened = checkpoint(tmp_path/'a.pth'), [], []
-    monkeypatch.setattr(module, 'index', lambda f: (walked.append(f), index(f))[1])
-    monkeypatch.setattr(module, 'picture', lambda p: (opened.append(p), picture(p))[1])
+    monkeypatch.setattr(module, 'index_data', lambda f: (walked.append(f), index_data(f))[1])
+    monkeypatch.setattr(module, 'load_image', lambda p: (opened.append(p), load_image(p))[1])
     submit(competition, [ckpt], tmp_path/'s.zip')
     assert walked == [competition] and len(opened) == 15
     (tmp_path/'file').touch()
@@ -230,9 +231,9 @@ def test_frames_that_cannot_be_read(competition, tmp_path, capsys):
     (competition/'test/track_20001/lr-004.jpg').unlink()
     submit(competition, [ckpt], out)
     assert 'track_20001: 3 of 5 frames can be read (lr-002.jpg: no picture' in (err := capsys.readouterr().err) and '1 missing' in err
-    whole = [[picture(p).pixels for p in asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg']]
+    whole = [[load_image(p).pixels for p in asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg']]
     r = read_together([Reader.load(ckpt)], whole)[0]
-    assert lines(out)[0] == line('track_20001', r.text, r.confidence)
+    assert lines(out)[0] == submission_line('track_20001', r.text, r.confidence)
     before = out.read_bytes()
     for f in (competition/'test/track_20003').iterdir(): f.write_bytes(b'')
     with pytest.raises(KdocrError, match='not written, 1 of 3 tracks cannot be read at all.*--allow-unreadable'): submit(competition, [ckpt], out)

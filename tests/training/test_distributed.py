@@ -10,7 +10,7 @@ from torch import nn
 from kdocr.charset import Charset
 from kdocr.core import KdocrError, guard
 from kdocr.distill.ctc import ctc_loss
-from kdocr.training.distributed import Place, Ranks, SharedBatchNorm, first, join_moments, shared_batchnorm
+from kdocr.training.distributed import Place, Ranks, SharedBatchNorm, main_first, join_moments, shared_batchnorm
 from kdocr.models.restran import make_model
 
 
@@ -71,13 +71,13 @@ def talk(ranks):
 
 def order(ranks, path):
     "What each rank finds when its turn comes; then a failure on rank 0, after which all still are in step."
-    with first(ranks):
+    with main_first(ranks):
         found = path.exists()
         if ranks.leads: time.sleep(.5); path.write_text('packed')
     heard = []
     for fault in OSError('disk full'), KdocrError('/data/plates: no such folder'):
         try:
-            with first(ranks):
+            with main_first(ranks):
                 if ranks.leads: raise fault
                 heard.append('a body that should not run')
         except (OSError, KdocrError) as e: heard.append((type(e).__name__, str(e)))
@@ -130,7 +130,7 @@ def all_jobs(ranks, out):
 
 
 def fails(ranks, out):
-    with first(ranks):
+    with main_first(ranks):
         if ranks.leads: raise KdocrError('/data/plates: no such folder')
 
 
@@ -305,7 +305,7 @@ def test_alone_nothing_happens(monkeypatch, world):
         assert (ranks.any(0), ranks.any(1), ranks.gather(5), ranks.broadcast(6)) == (False, True, [5], 6)
         net = nn.Sequential(nn.BatchNorm2d(3))
         assert shared_batchnorm(net, ranks) is net and type(net[0]) is nn.BatchNorm2d
-        with pytest.raises(OSError), first(ranks): raise OSError
+        with pytest.raises(OSError), main_first(ranks): raise OSError
     ranks.leave()
 
 

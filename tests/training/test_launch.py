@@ -15,9 +15,9 @@ import yaml
 from kdocr.training import launch
 from kdocr.jobs import notebooks
 from kdocr.cli import main
-from kdocr.core import KdocrError, Outside, Stopped, read_json
-from kdocr.training.launch import DeadRank, End, check_ranks, fault_of, train_ranks
-from kdocr.jobs.queue import Place, places
+from kdocr.core import KdocrError, TemporaryFailure, Stopped, read_json
+from kdocr.training.launch import RankKilled, RankExit, check_ranks, explain_exit, train_ranks
+from kdocr.jobs.queue import Slot, slots
 from kdocr.jobs.notebooks import how_it_ended, read_status
 from kdocr.training.run_folder import RunFolder, load_checkpoint
 from kdocr.jobs.sweep import config_of, make_sweep
@@ -30,7 +30,7 @@ TRAIN = dict(mode='teacher', steps=40, checkpoint_every=4, eval_every=16, log_ev
     (16, {}, 'batch_size 8 has no equal shares for 16 ranks; take 16'), (2, dict(device='cuda:0'), "device 'cuda:0': 2 ranks cannot share it"), (2, dict(device='cuda'), "device 'cuda': no GPU for rank 1 of this machine, which has 1; 1 rank will do"),
     (4, dict(device='auto'), "device 'auto': no GPU for rank 3 of this machine, which has 1")])
 def test_what_cannot_be_is_refused_before_a_process_starts(tmp_path, monkeypatch, ranks, values, said):
-    monkeypatch.setattr(launch, 'Crew', None)
+    monkeypatch.setattr(launch, 'RankProcesses', None)
     monkeypatch.setattr(launch, 'train_kd', None)
     monkeypatch.setattr(launch.Place.device.__globals__['torch'].cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(launch.Place.device.__globals__['torch'].cuda, 'is_available', lambda: True)
@@ -45,35 +45,35 @@ def test_what_a_machine_without_a_gpu_can_share(tmp_path, monkeypatch):
     with pytest.raises(KdocrError, match='which has 0; device cpu will do'): check_ranks(small(tmp_path, device='cuda'), 2)
 
 
-LOST = End(0, 1, 1, 'RuntimeError: Connection closed by peer')
+LOST = RankExit(0, 1, 1, 'RuntimeError: Connection closed by peer')
 
 @pytest.mark.parametrize('ends, kind, said', [
-    ([End(1, -9), LOST], DeadRank, 'x: rank 1 of 2 was ended by SIGKILL'), ([End(0, -11), End(1, 1, 1, 'RuntimeError: lost')], DeadRank, 'rank 0 of 2 was ended by SIGSEGV'),
-    ([End(1, 1, 2, 'its memory is full'), End(0, -6)], KdocrError, '^its memory is full$'), ([End(1, 1, 2, 'rank 0: taken'), End(0, 1, 75, 'taken')], Outside, '^taken$'),
-    ([End(1, 1, 2, 'rank 0: no such folder'), End(0, 1, 2, 'no such folder')], KdocrError, '^no such folder$'), ([LOST, End(1, 1, 1, 'no')], RuntimeError, 'rank 0: RuntimeError: Connection'),
-    ([End(0, 1, 143, 'stopped by SIGTERM; saved; the same'), End(1, 1, 143, 'stopped by SIGTERM; saved; the same')], Stopped, '^stopped by SIGTERM; saved; the same$')])
+    ([RankExit(1, -9), LOST], RankKilled, 'x: rank 1 of 2 was ended by SIGKILL'), ([RankExit(0, -11), RankExit(1, 1, 1, 'RuntimeError: lost')], RankKilled, 'rank 0 of 2 was ended by SIGSEGV'),
+    ([RankExit(1, 1, 2, 'its memory is full'), RankExit(0, -6)], KdocrError, '^its memory is full$'), ([RankExit(1, 1, 2, 'rank 0: taken'), RankExit(0, 1, 75, 'taken')], TemporaryFailure, '^taken$'),
+    ([RankExit(1, 1, 2, 'rank 0: no such folder'), RankExit(0, 1, 2, 'no such folder')], KdocrError, '^no such folder$'), ([LOST, RankExit(1, 1, 1, 'no')], RuntimeError, 'rank 0: RuntimeError: Connection'),
+    ([RankExit(0, 1, 143, 'stopped by SIGTERM; saved; the same'), RankExit(1, 1, 143, 'stopped by SIGTERM; saved; the same')], Stopped, '^stopped by SIGTERM; saved; the same$')])
 def test_what_the_ends_of_ranks_mean(ends, kind, said):
-    fault = fault_of(ends, 'x')
+    fault = explain_exit(ends, 'x')
     assert type(fault) is kind
     with pytest.raises(kind, match=said): raise fault
 
-def test_when_all_ended_well_there_is_no_fault(): assert fault_of([End(1, 0, 0), End(0, 0, 0)], 'x') is None
+def test_when_all_ended_well_there_is_no_fault(): assert explain_exit([RankExit(1, 0, 0), RankExit(0, 0, 0)], 'x') is None
 
 
-def test_a_dead_rank_is_no_fault_of_the_program(tmp_path, capsys):
+def test_a_rank_killed_is_no_fault_of_the_program(tmp_path, capsys):
     "Nor is a training that somebody else has stopped; a runner knows both by name."
-    cells = [nbformat.v4.new_code_cell(c) for c in (f"out = ''", "class DeadRank(Exception): pass\nraise DeadRank('rank 1 of 2 was ended by SIGKILL')")]
+    cells = [nbformat.v4.new_code_cell(c) for c in (f"out = ''", "class RankKilled(Exception): pass\nraise RankKilled('rank 1 of 2 was ended by SIGKILL')")]
     cells[0].metadata.tags = ['parameters']
     nbformat.write(nbformat.v4.new_notebook(metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), cells=cells), tmp_path/'n.ipynb')
     assert main(['run', str(tmp_path/'n.ipynb'), '-p', 'out', str(tmp_path/'out')]) == 75
-    assert [read_status(tmp_path/'out')[k] for k in ('state', 'cell', 'error')] == ['dead_rank', 2, 'DeadRank: rank 1 of 2 was ended by SIGKILL'] and 'rank 1 of 2' in capsys.readouterr().err
-    assert DeadRank.__name__ == 'DeadRank' and how_it_ended(notebooks.PapermillExecutionError(2, 1, '', Stopped.__name__, 'stopped by SIGTERM; saved', []))[0] == 'stopped'
+    assert [read_status(tmp_path/'out')[k] for k in ('state', 'cell', 'error')] == ['rank_killed', 2, 'RankKilled: rank 1 of 2 was ended by SIGKILL'] and 'rank 1 of 2' in capsys.readouterr().err
+    assert RankKilled.__name__ == 'RankKilled' and how_it_ended(notebooks.PapermillExecutionError(2, 1, '', Stopped.__name__, 'stopped by SIGTERM; saved', []))[0] == 'stopped'
 
 
 def test_a_job_of_several_ranks_has_a_gpu_and_a_core_for_each():
-    assert places(None, [0, 1, 2, 3], list('abcde'), 2) == [Place((0, 2), 'a,b'), Place((1, 3), 'c,d')]
-    assert places(None, [0, 1, 2, 3, 4], [], 2) == [Place((0, 2, 4), None), Place((1, 3), None)] and places(None, [0], [], 2) == [Place((0,), None)]
-    assert places(None, [0, 1], ['a'], 2) == [Place((0, 1), None)], 'too few GPUs: the run says so'
+    assert slots(None, [0, 1, 2, 3], list('abcde'), 2) == [Slot((0, 2), 'a,b'), Slot((1, 3), 'c,d')]
+    assert slots(None, [0, 1, 2, 3, 4], [], 2) == [Slot((0, 2, 4), None), Slot((1, 3), None)] and slots(None, [0], [], 2) == [Slot((0,), None)]
+    assert slots(None, [0, 1], ['a'], 2) == [Slot((0, 1), None)], 'too few GPUs: the run says so'
 
 @pytest.mark.parametrize('own, said', [(dict(ranks=2, batch_size=7), 'r: batch_size 7 has no equal shares for 2 ranks'), (dict(ranks=0), 'r: ranks 0: at least 1'), (dict(ranks='two'), 'r: parameter ranks: .*integer'),
                                        (dict(rank=2), "unknown key 'rank'")])
@@ -137,7 +137,7 @@ def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):
     moments = [(rng.randrange(2), at, rng.uniform(0, .15)) for at in (0, rng.randrange(1, 10))]
     for rank, at, delay in moments:
         killer = killed_at(run, rank, at, delay)
-        with pytest.raises(DeadRank, match=f'rank {rank} of 2 was ended by SIGKILL.*the same command goes on'): train_ranks(cfg, 2)
+        with pytest.raises(RankKilled, match=f'rank {rank} of 2 was ended by SIGKILL.*the same command goes on'): train_ranks(cfg, 2)
         killer.join()
         assert not ranks_of() and not run.finished, moments
 
@@ -153,7 +153,7 @@ def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):
         assert not run.finished and not psutil.wait_procs(ranks.values(), 5)[1], said
         assert said.splitlines()[-1].startswith('kdocr: ') and dict(rank='of 2 was ended by SIGKILL', kernel='its kernel died', runner='stopped by SIGTERM')[victim] in said
         steps.append(load_checkpoint(run.last)['step'])
-    assert ends == [(75, 'dead_rank'), (75, 'dead_kernel'), (143, 'stopped')]
+    assert ends == [(75, 'rank_killed'), (75, 'dead_kernel'), (143, 'stopped')]
     assert steps[0] % 4 == steps[1] % 4 == 0 and steps[2] >= 18, 'a kill leaves what was saved, a stop saves where it is'
 
     caller = command('run', 'train_kd', *words)
@@ -168,7 +168,7 @@ def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):
 
     before = run.scores.read_bytes(), run.log.path.read_bytes()
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(launch, 'Crew', None)
+        m.setattr(launch, 'RankProcesses', None)
         train_ranks(cfg, 2) # finished: nobody is started
     assert before == (run.scores.read_bytes(), run.log.path.read_bytes())
 

@@ -15,7 +15,8 @@ from kdocr.config import Config, load_config, make_config
 from kdocr.core import KdocrError
 from kdocr.metrics import Prediction
 from kdocr.models.restran import make_model
-from kdocr.training.run_folder import FREE, RunFolder, RunLog, describe, load_checkpoint, load_model, on_disk, save_checkpoint, state_hash
+from kdocr.training.run_folder import (FREE_SETTINGS, RunFolder, RunLog, describe, load_checkpoint, load_model,
+                                       on_disk, save_checkpoint, state_hash)
 
 IDS = dict(data_fingerprint='d1', split_hash='s1', teacher_hash=None)
 
@@ -99,7 +100,7 @@ def test_load_model_is_strict_and_exact(tmp_path):
     with pytest.raises(KdocrError, match="charset is '0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ', needed is 'AB'"): load_model(path, dict(charset='AB'))
 
 
-def test_free_settings_are_settings(): assert set(FREE) <= set(Config.model_fields)
+def test_free_settings_are_settings(): assert set(FREE_SETTINGS) <= set(Config.model_fields)
 
 
 def test_a_folder_is_claimed_once(cfg):

@@ -36,7 +36,7 @@ def quiet(tmp_path_factory):
 
 
 def test_two_processes_train_as_one_does(quiet, tmp_path):
-    student = dict(mode='student', steps=4, lr=1e-4, recombine=.5, teacher_checkpoint=str(quiet.published))
+    student = dict(mode='student', steps=4, lr=1e-4, recombine_p=.5, teacher_checkpoint=str(quiet.published))
     one, two = train_kd(small(tmp_path, name='one', **student)), train(tmp_path, name='two', **student)
     terms = [[{k: v for k, v in row.items() if not k.startswith('val_')} for row in timeless(run)] for run in (one, two)]
     assert len(terms[0]) == len(terms[1])

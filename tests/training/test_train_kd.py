@@ -56,7 +56,7 @@ def test_a_student_run_logs_every_term_and_its_teacher(student_cfg, teacher_run)
     run = train_kd(student_cfg)
     first, row = run.log.rows()[:2]
     taps = ('backbone_out', 'transformer_out', 'logits')
-    assert set(first) - set(row) == {'ctc_grad', *(f'kd_{t}_{x}' for t in taps for x in ('grad', 'grad_cosine'))} # measured every probe_every steps
+    assert set(first) - set(row) == {'ctc_grad', *(f'kd_{t}_{x}' for t in taps for x in ('grad', 'grad_cos'))} # measured every grad_log_every steps
     assert row['kd_logits_share'] == pytest.approx(row['kd_logits_weighted']/row['loss'])
     parts = ('', '_weighted', '_share')
     assert {f'kd_{t}{p}' for t in taps for p in parts} | {'ctc', 'loss', 'grad_norm', 'lr', 'step', 'epoch', 'seconds'} == set(row)
@@ -193,7 +193,7 @@ def test_the_seeds_two_lines(tmp_path):
     assert {p.name for p in (tmp_path/'results').iterdir()} >= {'restran_hr_teacher', 'restran_hr_teacher_best.pth', 'restran_lr_student', 'from_teacher'}
 
 
-@pytest.mark.parametrize('how', [dict(augment=0.), dict(augment=.5, geometry_views=2), dict(augment=.5, geometry_views=2, frames=5)])
+@pytest.mark.parametrize('how', [dict(aug_strength=0.), dict(aug_strength=.5, n_fixed_augs=2), dict(aug_strength=.5, n_fixed_augs=2, frames=5)])
 def test_cached_and_live_training_have_the_same_losses_to_the_stored_precision(student_cfg, how):
     def losses(**values):
         cfg = student_cfg.model_copy(update=dict(how, **values))
@@ -209,6 +209,6 @@ def test_cached_and_live_training_have_the_same_losses_to_the_stored_precision(s
 
 
 def test_a_cache_that_cannot_be_exact_is_refused_with_the_reason(student_cfg):
-    for how, why in ((dict(), 'geometry_views'), (dict(augment=0., recombine=.5), 'recombine'), (dict(augment=0., clean_hr_guided=False), "student's own view")):
+    for how, why in ((dict(), 'n_fixed_augs'), (dict(aug_strength=0., recombine_p=.5), 'recombine_p'), (dict(aug_strength=0., clean_hr_guided=False), "student's own view")):
         cfg = student_cfg.model_copy(update=dict(teacher_cache='on', **how))
         with pytest.raises(KdocrError, match=f'teacher_cache: on, but .*{why}'): train_kd(cfg)
