@@ -147,10 +147,10 @@ def _place(part, pattern, charset) -> np.ndarray: # (c,) bool
     if not may.any(): raise KdocrError(f'pattern {pattern!r}: nothing in the charset {charset.chars!r} is {what}')
     return may
 
-def patterns(layout:str # a name in `LAYOUTS`, 'nonblank_any', or patterns with | between them
+def patterns(layout:str # a name in `LAYOUTS`, 'either', or patterns with | between them
             ) -> list[str]:
     "The patterns that a layout stands for."
-    if layout == 'nonblank_any': return list(LAYOUTS.values())
+    if layout == 'either': return list(LAYOUTS.values())
     names = {k.lower(): v for k, v in LAYOUTS.items()}
     return [names.get(x.lower(), x) for x in layout.split('|')]
 
@@ -249,7 +249,7 @@ def _search(log_probs, g, nodes=inf) -> list[tuple]: # classes of the most proba
 # %% ../nbs/05_decoding.ipynb #001e
 def constrained(log_probs:np.ndarray, # (b,t,c)
                 charset:Charset,
-                layout:str='nonblank_any',
+                layout:str='either',
                 nodes:float=1000      # of the search for a plate; inf: until it is proven
                ) -> list[str]:
     "The most probable text of those that fit. Raises `KdocrError` where none can be said."
@@ -265,7 +265,7 @@ DECODERS = ('greedy', 'beam', 'constrained')
 
 def decode(log_probs:np.ndarray, charset:Charset,
            decoder:str='constrained', # a name in `DECODERS`
-           layout:str='nonblank_any'        # of `constrained`
+           layout:str='either'        # of `constrained`
           ) -> list[str]:
     "The texts, by the decoder's name."
     if decoder not in DECODERS: raise KdocrError(f'decoder {decoder!r}{nearest(decoder, DECODERS)}')

@@ -45,7 +45,7 @@ def test_constrained_finds_the_best_that_fits(layout, spread):
 def test_a_silent_network_is_left_in_time():
     "Blanks, and noise far below them: proof would take all texts; what comes out fits, and nothing that the bound allows is much better."
     x = 1e-3*np.random.default_rng(0).normal(size=(4, 16, 37)); x[..., 0] += 8
-    lp, g = log_softmax(x), grammar('nonblank_any', CS)
+    lp, g = log_softmax(x), grammar('either', CS)
     read = constrained(lp, CS, nodes=50)
     from kdocr.decoding import _ahead
     assert all(CS.encode(r) in g for r in read) and (_ahead(lp, g)[1] - log_prob(lp, read, CS) < .02).all()
@@ -60,7 +60,7 @@ def test_neighbours_alike_need_a_blank():
     assert log_prob(lp, ['AA'], SMALL) < log_prob(lp, ['A'], SMALL) - 5
 
 def test_grammar_knows_the_layouts():
-    g, rng = grammar('nonblank_any', CS), np.random.default_rng(0)
+    g, rng = grammar('either', CS), np.random.default_rng(0)
     texts = [''.join(rng.choice(list(CS.chars), n)) for n in (6, 7, 8) for _ in range(50)] + ['ABC1234', 'ABC1D23', 'ABCD123', 'ABC12D3']
     assert [CS.encode(x) in g for x in texts] == [fits(x, 'Brazilian') or fits(x, 'Mercosur') for x in texts]
     assert [CS.encode('ABC1D23') in grammar(x, CS) for x in ('Mercosur', 'mercosur', 'LLLDLDD', 'Brazilian')] == [True, True, True, False]
@@ -116,14 +116,14 @@ def test_a_wrong_pattern_is_named(layout, said):
     with pytest.raises(KdocrError, match=said.replace('[', r'\[')): grammar(layout, CS)
 
 def test_what_cannot_be_said_is_refused():
-    with pytest.raises(KdocrError, match="layout 'nonblank_any': nothing that fits can be said in 6 time steps"): constrained(lattice(2, 6, 37, 1), CS)
+    with pytest.raises(KdocrError, match="layout 'either': nothing that fits can be said in 6 time steps"): constrained(lattice(2, 6, 37, 1), CS)
     with pytest.raises(KdocrError, match='a digit'): grammar('LD', Charset('AB'))
     with pytest.raises(KdocrError, match='NaN'): log_softmax([[np.nan, 1.]])
     with pytest.raises(KdocrError, match="did you mean 'greedy'"): decode(lattice(1, 16, 37, 1), CS, 'greddy')
 
 def test_nothing_to_read_is_nothing_read():
     none = np.zeros((0, 16, 37))
-    assert [decode(none, CS, d) for d in DECODERS] == [[], [], []] and reading_of(none, [], CS, 'nonblank_any') == []
+    assert [decode(none, CS, d) for d in DECODERS] == [[], [], []] and reading_of(none, [], CS, 'either') == []
 
 def test_frames_and_votes():
     lp = lattice(3, 5, 5, 2)

@@ -137,7 +137,7 @@ def _log_probs(r:Reader, tracks:list[list[np.ndarray]]) -> np.ndarray: # (b,t,c)
 def read_together(readers:list[Reader], tracks:list[list[np.ndarray]]) -> list[PlateReading]: # frames (h,w,3) uint8 RGB of each track
     "The most probable plates by the mean of the readers' log-probabilities."
     lp = log_softmax(np.mean([_log_probs(r, tracks) for r in readers], 0)) # (b,t,c)
-    return reading_of(lp, constrained(lp, readers[0].charset, 'nonblank_any'), readers[0].charset, 'nonblank_any')
+    return reading_of(lp, constrained(lp, readers[0].charset, 'either'), readers[0].charset, 'either')
 
 # %% ../../nbs/reader/74_submit.ipynb #93c38311
 def _read(readers:list[Reader], tracks:list[Track], batch:int) -> tuple[Rows, list[str], int]: # rows, frames that were left out, how many tracks were not read at all

@@ -115,7 +115,7 @@ def calibration(model:nn.Module, dataset, charset:Charset, device:torch.device, 
             with autocast(device, precision): x = each[:, :k].float().log_softmax(-1).mean(1) if alone else read_frames(model, batch.images[:, :k], False)
             said[k].append(x.float().cpu())
     layouts = list(LAYOUTS) if any(texts) and all(layout_of(t) for t in texts if t) else []
-    found = [round(fit_temperature(log_softmax(torch.cat(x).numpy()), texts, charset, 'nonblank_any' if layouts else ''), 4) for x in said.values()]
+    found = [round(fit_temperature(log_softmax(torch.cat(x).numpy()), texts, charset, 'either' if layouts else ''), 4) for x in said.values()]
     return dict(temperature=found[0], temperatures=found, layouts=layouts)
 
 # %% ../../nbs/training/42_trainer.ipynb #304e4ce7

@@ -304,9 +304,9 @@ def test_how_unsure_is_a_probability():
         with pytest.raises(KdocrError, match=f'again {p}: a probability'): READER.read(flat(0), again=p)
 
 def test_the_layout_is_the_networks_own():
-    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts='nonblank_any').settle().layout == 'nonblank_any' and net(read_bars, layouts=[]).settle()[:3] == ('beam', '', 'sum')
+    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts='either').settle().layout == 'either' and net(read_bars, layouts=[]).settle()[:3] == ('beam', '', 'sum')
     assert Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle()[:3] == ('beam', '', 'sum')
-    with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle(layout='nonblank_any')
+    with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle(layout='either')
 
 def test_pictures_are_opened_a_batch_at_a_time(monkeypatch):
     opened = []
