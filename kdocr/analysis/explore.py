@@ -48,10 +48,11 @@ from ..training.distillation import new_model
 from .compare import Run, arm_name, find_runs, read_run, read_values
 from .figures import STYLE, TERM_STYLES, loss_terms, plain_log, save_figure
 from .bench import arms, clock, in_turns, multiply, record, where
-from .probe import (STRIP_STYLES, MAX_LABEL, QUANTITIES, CurveArm, HeldOut, Strip, arms_of, column,
-                                  mark_differences, draw_strips, each, find_teacher, held_out, load_reader,
-                                  plate_image, plot_runs, plot_terms, read_curve, series, smoothed_how, smoothing,
-                                  unique_labels)
+from .probe import HeldOut, each, find_teacher, held_out, load_reader
+from .strips import STRIP_STYLES, Strip, draw_strips, plate_image
+from .curves import (MAX_LABEL, QUANTITIES, CurveArm, arms_of, column, plot_runs, plot_terms,
+                                   read_curve, series, smoothed_how, smoothing, unique_labels)
+from .errors import mark_differences
 
 # %% ../../nbs/analysis/68_explore.ipynb #x58006
 LOCK = threading.RLock()

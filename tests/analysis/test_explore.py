@@ -25,7 +25,8 @@ from kdocr.data.degrade import Conditions
 from kdocr.training.distillation import load_teacher
 from kdocr.analysis.figures import TERM_STYLES, use_style
 from kdocr.data.icpr import index_data
-from kdocr.analysis.probe import CurveArm, HeldOut, read_curve, series
+from kdocr.analysis.probe import HeldOut
+from kdocr.analysis.curves import CurveArm, read_curve, series
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.training.train_kd import new_trainer, train_kd

@@ -16,21 +16,23 @@ from kdocr.config import Config, load_config, save_config
 from kdocr.charset import DEFAULT_CHARS, Charset
 from kdocr.metrics import Prediction, wilson
 from kdocr.jobs.notebooks import run_notebook
-from kdocr.analysis.figures import PAGE, TERM_STYLES, plot_spikes, use_style
+from kdocr.analysis.figures import PAGE, TERM_STYLES, loss_terms, plot_spikes, use_style, wrapped
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.analysis.compare import Run, read_run
 from kdocr.distill.similarity import cosine_by_position, error_by_position, pca_rgb
-from kdocr.analysis.probe import (CHANGES, STRIP_STYLES, EXTRA_COLOURS, QUANTITIES, CurveArm, Curve, CheckpointProbe,
-                                  Strip, align_probes, arms_of, as_steps, attention_strips, attention_weights,
-                                  by_frames, calibration_error, changes, channel_frame, channel_strips, column,
-                                  confusion, mark_differences, each, edits, find_teacher, frames_table, fusion_frame,
-                                  held_out, save_plot, layer_names, legend_of, probe, loss_terms, mark_disagreement,
-                                  missed, not_comparable, over_seeds, over_tracks, plate_image, plot_alike_accurate,
-                                  plot_by_step, plot_changes, plot_channels, plot_confusion, plot_frames,
-                                  plot_fusion, plot_groups, plot_heads, plot_layers, plot_plates, plot_reliability,
-                                  plot_runs, plot_strips, plot_terms, read_curve, reliability, run_styles, series,
-                                  smoothing, tap_strips, taught_by_others, unique_labels, widest_channels, wrapped)
+from kdocr.analysis.probe import (CheckpointProbe, align_probes, as_steps, attention_weights, each, find_teacher,
+                                  held_out, layer_names, probe, not_comparable, taught_by_others)
+from kdocr.analysis.errors import (CHANGES, by_frames, calibration_error, changes, confusion, mark_differences,
+                                   edits, frames_table, missed, plot_changes, plot_confusion, plot_frames,
+                                   plot_groups, plot_plates, plot_reliability, reliability)
+from kdocr.analysis.strips import (STRIP_STYLES, Strip, attention_strips, channel_frame, channel_strips,
+                                   fusion_frame, save_plot, mark_disagreement, over_tracks, plate_image,
+                                   plot_alike_accurate, plot_by_step, plot_channels, plot_fusion, plot_heads,
+                                   plot_layers, plot_strips, tap_strips, widest_channels)
+from kdocr.analysis.curves import (EXTRA_COLOURS, QUANTITIES, CurveArm, Curve, arms_of, column, legend_of,
+                                   over_seeds, plot_runs, plot_terms, read_curve, run_styles, series, smoothing,
+                                   unique_labels)
 from small_runs import small
 
 ARMS = ['random init, control', 'random init, distilled', "teacher's weights, distilled"]
