@@ -105,11 +105,14 @@ def _apart(measure, threads, **given): # a key of `_MEASURES`; threads of torch 
         raise KdocrError(f'bench, {measure}: {why[-1]}')
     return json.loads(done.stdout.splitlines()[-1])
 
-def _serve(): # runs in that process
-    measure, threads, given = json.load(sys.stdin)
+def _here(measure, threads, **given): # the same in this process
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
-    try: rows = _MEASURES[measure](**given)
+    return _MEASURES[measure](**given)
+
+def _serve(): # runs in that process
+    measure, threads, given = json.load(sys.stdin)
+    try: rows = _here(measure, threads, **given)
     except KdocrError as e: sys.exit(str(e))
     print(json.dumps(rows))
 
@@ -363,7 +366,8 @@ class Sizes(NamedTuple):
     grow:tuple=(1000, 5000, 20_000)
     grow_rounds:int=3
 
-_QUICK = Sizes(tracks=160, rounds=4, batches=8, steps=3, big_rounds=2, big_threads=(1,), grow=(500, 2000), grow_rounds=1)
+_QUICK = Sizes(tracks=160, rounds=4, batches=8, steps=3, big_rounds=2, big_threads=(1,), grow=(500, 2000),
+               grow_rounds=1)
 _MEASURES = {f.__name__[1:]: f for f in (_packing, _inputs, _training, _reading, _epoch)}
 
 def _plan(place, s, device): # (measure, threads, arguments) of every measure that runs in a process of its own
@@ -431,15 +435,15 @@ def bench(out:Path|None=None,    # folder; None: `bench`, or `bench_quick`
     about, rows = _machine(pick_device(device), 1), []
     if quick: notes.append('Quick: few rounds on few plates. The figures mean little.')
     if about['load'][0] > .5:
-        notes.append(f"The machine was busy at the start (load {about['load'][0]:.1f}); ratios within a round can still "
-                     'be compared, except where two threads share a core.')
+        notes.append(f"The machine was busy at the start (load {about['load'][0]:.1f}); ratios within a round remain "
+                     'comparable, except where two threads share a core.')
     synth(out/'plates', tracks=sizes.tracks, test=0, seed=0)
     open_data(bench_configs(out)['CTC']) # packed before the first measurement
     todo = _plan(out, sizes, device)
     with progress(total=len(todo) + 1, desc='bench') as bar:
         for measure, threads, given in todo:
             bar.set_postfix_str(f'{measure}, {threads} thread{"s" * (threads > 1)}')
-            rows += _apart(measure, threads, **given) if fresh else _MEASURES[measure](**given)
+            rows += (_apart if fresh else _here)(measure, threads, **given)
             bar.update()
         if sizes.grow: rows += _growth(out, sizes.grow, sizes.grow_rounds, sizes.batch_size, device)
         bar.update()

@@ -40,8 +40,8 @@ from .compare import Run, arm_name, find_runs, read_run, read_values
 from .figures import STYLE, TERM_STYLES, loss_terms, plain_log, save_figure
 from .probe import HeldOut, each, find_teacher, held_out, load_reader
 from .strips import STRIP_STYLES, Strip, draw_strips, plate_image
-from .curves import (MAX_LABEL, QUANTITIES, CurveArm, arms_of, column, plot_runs, plot_terms,
-                                   read_curve, series, smoothed_how, smoothing, unique_labels)
+from .curves import (QUANTITIES, CurveArm, arms_of, column, plot_runs, plot_terms,
+                                   read_curve, series, smoothed_how, unique_labels)
 from .errors import mark_differences
 
 # %% ../../nbs/analysis/68_explore.ipynb #x58006
@@ -564,7 +564,7 @@ def _runs_panels(n:int, lines:int # panels, and lines of the legend above them
     for ax in axs[n + 1:]: ax.set_axis_off()
     return fig, axs
 
-def _short(name): return name if len(name) <= MAX_LABEL else name[:MAX_LABEL - 1] + '…'
+def _short(name): return name if len(name) <= 45 else name[:44] + '…'
 
 def _head(fig, said, legends): # what is shown, and beneath it at some x a legend in so many columns: the names wanted, of the lines of some axes
     fig.text(.01, 1 - .07/fig.get_figheight(), '\n'.join(said), va='top', fontsize=9.5)
@@ -583,7 +583,7 @@ def _runs_figure(arms:list[CurveArm], keys:list[str], what:str, logy:bool, windo
     n, left_out = min(len(names), _RUNS_PANELS), names[_RUNS_PANELS:]
     beside = 1 if len(arms) < 4 else 2 if by == 'run' else 3 # columns of the legend
     points = max((len(l[l.ctc.notna()]) for a in arms for l in a.logs if 'ctc' in l), default=0)
-    said = f'{QUANTITIES[what]}: {len(arms)} arm{"s" * (len(arms) > 1)} side by side, {smoothed_how(smoothing(points, window), max(len(a.logs) for a in arms))}'
+    said = f'{QUANTITIES[what]}: {len(arms)} arm{"s" * (len(arms) > 1)} side by side, {smoothed_how(points, window, max(len(a.logs) for a in arms))}'
     said = textwrap.wrap(said + (f' (not shown: {", ".join(left_out)})' if left_out else ''), 120)
     fig, axs = _runs_panels(n, len(said) - 1 + max(-(-len(arms)//beside), len(terms) if by == 'run' else 0))
     for i, ax in enumerate(axs[:n]):
@@ -668,7 +668,7 @@ def _live_figure(log:pd.DataFrame, readings:list, pictures, name:str, total:int,
     if terms.get_yscale() == 'log': plain_log(terms)
     terms.tick_params(labelsize=8); accuracy.tick_params(labelsize=8)
     step = int(log.step.max()) if len(log) else 0
-    smoothed = smoothed_how(smoothing(int(log.ctc.notna().sum()), window), 1) if 'ctc' in log else 'nothing logged yet'
+    smoothed = smoothed_how(int(log.ctc.notna().sum()), window, 1) if 'ctc' in log else 'nothing logged yet'
     fig.text(.01, .98, f'{name}: step {step:,} of {total:,} ({smoothed})' + (f', last validation {100*log.val_exact_match.dropna().iloc[-1]:.1f} % right' if 'val_exact_match' in log and log.val_exact_match.notna().any() else ''), va='top', fontsize=9.5)
     for i, ((text, read, confidence), x) in enumerate(zip(readings, pictures)):
         right = read == text
