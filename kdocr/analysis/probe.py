@@ -175,13 +175,12 @@ def as_steps(x:Tensor,   # (bf,c,h,w) or (b,t,d)
 class _CheckpointProbe(NamedTuple):
     activations:Activations
     about:dict # frames, height, width, charset, model_type
+    batch:PlateBatch|None=None
 
 class Alignment(NamedTuple):
     "Teacher and students on the same plates."
     teacher:_CheckpointProbe
     students:dict[str, _CheckpointProbe] # label -> probe
-    hr:PlateBatch                     # the teacher's
-    lr:PlateBatch                     # the first student's
     taps:dict[str, dict[str, Tensor]] # label -> tap -> (b,t,d) on the teacher's steps
     arms:dict[str, list[str]]         # arm -> labels of its runs
     runs:dict[str, Run]               # label -> run
@@ -203,7 +202,7 @@ def _probe_checkpoint(data, path, mode, tracks, layers): # 'teacher': HR, 'stude
     model, about = load_reader(path, data.split)
     val = data.open(mode, about).val
     batch = val.batch(torch.linspace(0, len(val) - 1, min(tracks, len(val))).long(), 0)
-    return _CheckpointProbe(probe(model, batch.images, layers), about), batch
+    return _CheckpointProbe(probe(model, batch.images, layers), about, batch)
 
 def _taught_by_others(runs, teacher): # a line for each student that another teacher taught
     known = state_hash(load_model(teacher))
@@ -229,13 +228,12 @@ def align_runs(runs:list[Run], teacher:Path|None=None, # a checkpoint; None: `fi
     students, source = {n: r for n, r in zip(labels, runs) if r.cfg.mode == 'student'}, find_teacher(teacher, runs)
     if not students: raise KdocrError('; '.join(['nothing to compare: no student among the runs', *notes]))
     if not source: raise KdocrError('nothing to compare: no teacher among the runs, none that a student names exists')
-    t, hr = _probe_checkpoint(data, source, 'teacher', tracks, layers)
+    t = _probe_checkpoint(data, source, 'teacher', tracks, layers)
     notes += legend_of(labels, [r.cfg for r in runs]) + _taught_by_others(list(students.values()), source)
-    found, lr = {}, None
+    found = {}
     for label, r in students.items():
-        try: found[label], batch = _probe_checkpoint(data, RunFolder(r.path).best, 'student', tracks, layers)
+        try: found[label] = _probe_checkpoint(data, RunFolder(r.path).best, 'student', tracks, layers)
         except KdocrError as e: notes.append(f'{label}: {e}')
-        else: lr = lr or batch
     if not found: raise KdocrError('; '.join(['nothing to compare', *notes]))
     taps = _align_probes({n: s.activations for n, s in found.items()}, t.activations)
     own = {n: students[n] for n in found}
@@ -244,7 +242,7 @@ def align_runs(runs:list[Run], teacher:Path|None=None, # a checkpoint; None: `fi
         for tap, why in _not_comparable(s, t).items():
             taps[label].pop(tap, None)
             notes.append(f'{label}, {tap}: {why}')
-    a = Alignment(t, found, hr, lr, taps, arms, own, notes)
+    a = Alignment(t, found, taps, arms, own, notes)
     a.notes.extend(f"{n}, {k}: another width than the teacher's; only CKA is measured" for n in taps for k in taps[n]
                    if not a.same_width(n, k))
     return a
