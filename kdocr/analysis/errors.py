@@ -173,7 +173,7 @@ def missed(teacher:list[Prediction], student:list[Prediction]) -> pd.DataFrame: 
 _CHANGES = {'fixed': '#0072B2', 'broken': '#D55E00', 'right in both': '0.55', 'wrong in both': '0.8'}
 
 def changes(before:list[Prediction], after:list[Prediction]) -> pd.DataFrame: # key, text, before, after, ...
-    "Compare two readers track by track: confidence and change of each. Raise `KdocrError` where they read different tracks."
+    "Compare two readers track by track. Raise `KdocrError` where they read different tracks."
     paired(before, after)
     first = {p.key: p for p in before}
     change = {(False, True): 'fixed', (True, False): 'broken', (True, True): 'right in both',

@@ -38,7 +38,7 @@ from ..training.run_folder import RunFolder
 from ..training.trainer import Trainer
 from .compare import Run, arm_name, find_runs, read_run, read_values
 from .figures import STYLE, TERM_STYLES, loss_terms, plain_log, save_figure
-from .probe import HeldOut, each, find_teacher, held_out, load_reader
+from .probe import HeldOut, each, find_teacher, shared_data, load_reader
 from .strips import STRIP_STYLES, Strip, draw_strips, plate_image
 from .curves import (QUANTITIES, CurveArm, arms_of, column, plot_runs, plot_terms,
                                    read_curve, series, smoothed_how, unique_labels)
@@ -362,7 +362,7 @@ def _the_data(data, # a folder or opened `Data`; None: where the runs have their
             ) -> tuple[_Opened, list[str]]: # and a line for each run that was made on others
     "Raises `KdocrError` where there are no data to be found."
     if data is None:
-        held, _, said = held_out(runs)
+        held, _, said = shared_data(runs)
         if held is None: raise KdocrError('; '.join(said) or 'checkpoints alone do not tell where their data are: name the folder')
         return _Opened(held), said
     root = data.root if isinstance(data, Data) else Path(data)

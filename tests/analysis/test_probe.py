@@ -18,7 +18,7 @@ from kdocr.models.restran import make_model
 from kdocr.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.analysis.compare import Run, read_run
 from kdocr.analysis.probe import (_CheckpointProbe, _align_probes, _layer_names, _not_comparable, _taught_by_others,
-                                  as_steps, find_teacher, held_out, load_reader, open_runs, probe)
+                                  as_steps, find_teacher, shared_data, load_reader, open_runs, probe)
 from kdocr.analysis.errors import by_frames
 from small_runs import small
 
@@ -153,7 +153,7 @@ def test_hardly_anything_is_enough(results, tmp_path):
 
 def test_runs_on_the_same_data_are_kept_and_others_named(results):
     runs = [read_run(results/n) for n in ('moved', 'control', 'teacher')]
-    data, kept, lines = held_out(runs)
+    data, kept, lines = shared_data(runs)
     assert [r.path.name for r in kept] == ['control', 'teacher'] and len(lines) >= 1 and all('moved' in l for l in lines) and data.fingerprint == read_json(RunFolder(results/'control').env)['data_fingerprint']
     assert find_teacher(None, kept) == RunFolder(results/'teacher').best and find_teacher(None, kept[:1]).name == 'teacher_best.pth' and find_teacher(results/'x.pth', kept) == results/'x.pth'
 
@@ -163,10 +163,10 @@ def test_data_found_beside_a_moved_run(results, tmp_path):
     env = read_json(RunFolder(r.path).env)
     write_json(RunFolder(r.path).env, dict(env, data='/gone/embedded'))
     away = Run(r.path, r.cfg.model_copy(update=dict(data=Path('/gone')/'embedded')), r.parts)
-    data, kept, lines = held_out([away])
+    data, kept, lines = shared_data([away])
     assert data is None and kept == [] and 'away: its data are gone, there is no folder /gone/embedded nor' in lines[0]
     (tmp_path/'embedded').symlink_to(r.cfg.data)
-    data, kept, lines = held_out([away])
+    data, kept, lines = shared_data([away])
     assert kept == [away] and not lines and data.cfg.data == tmp_path/'embedded'
 
 def test_of_two_folders_the_one_with_the_right_fingerprint(results, tmp_path, monkeypatch):
@@ -180,7 +180,7 @@ def test_of_two_folders_the_one_with_the_right_fingerprint(results, tmp_path, mo
     synth(tmp_path/'plates', tracks=4, test=1, seed=9, workers=1)
     monkeypatch.chdir(tmp_path)
     run = r._replace(cfg=r.cfg.model_copy(update=dict(data=Path('plates'), out=Path('elsewhere/results'))))
-    data, kept, lines = held_out([run])
+    data, kept, lines = shared_data([run])
     assert kept == [run] and not lines and data.cfg.data == tmp_path/'p/results/plates' and not (tmp_path/'plates/.kdocr').exists()
 
 def test_another_teacher_is_said(results):
@@ -211,7 +211,7 @@ def test_runs_are_found_given_and_left_out_in_one_line(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize('together', [False, True])
 def test_frames_are_read_as_evaluate_reads_them(results, together):
     from kdocr.training.trainer import evaluate
-    data, _, _ = held_out([read_run(results/'control')])
+    data, _, _ = shared_data([read_run(results/'control')])
     model, about = load_reader(RunFolder(results/('frames' if together else 'control')).best, data.split)
     part = data.open('student', dict(about, frames=2)).test
     got = by_frames(model, part, Charset(about['charset']), together, most=2)
