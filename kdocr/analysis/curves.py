@@ -107,7 +107,7 @@ def _smoothing(points, window=0): return window or max(1, points // 50) # points
 
 def smoothed_how(points:int, window:int, # as `plot_terms` has it
                  seeds:int) -> str:
-    "Return what a legend says of its lines."
+    "Return how the lines of a legend were smoothed."
     n = _smoothing(points, window)
     median = f'running median of {n} points' if n > 1 else 'every point'
     return median + f'; band: range of {seeds} seeds'*(seeds > 1)

@@ -39,7 +39,7 @@ def show_notes(lines:list[str], what:str='left out') -> None:
     lines = list(lines)
     if lines: print(f'{what}: ' + '; '.join(lines))
 
-def _found(out): # the results folder that nobody named
+def _found(out): # the results folder, where no run was named
     named = [out, os.environ.get('KDOCR_RESULTS')]
     nearest_first = [up/name for up in (Path.cwd(), *Path.cwd().parents) for name in ('results', 'demo')]
     return next((Path(p) for p in [*filter(None, named), *nearest_first] if any(Path(p).glob('*/config.yaml'))), None)
