@@ -217,17 +217,14 @@ _EXPERIMENTS = (
 
 # %% ../nbs/80_cli.ipynb #ff2b1a86
 def bench(a):
-    if a.accuracy and a.quick: raise KdocrError('bench: --quick and --accuracy are two different things; give one of them')
-    from kdocr.analysis.bench import accuracy, bench
-    if a.accuracy: accuracy(a.out, device=a.device)
-    else: bench(a.out, quick=a.quick, device=a.device)
+    from kdocr.analysis.bench import bench
+    bench(a.out, quick=a.quick, device=a.device)
 
 # %% ../nbs/80_cli.ipynb #81f4a6e8
 _SPEED = (
     Command(bench, 'measure speed and memory on this machine, against a plain training over the files', [
         arg('--out', type=path, metavar='DIR', help='where bench.json, bench.png and bench.pdf go (default: bench, or bench_quick)'),
         arg('--quick', action='store_true', help='every measure in a small way: minutes, its figures mean little'),
-        arg('--accuracy', action='store_true', help='instead: does the fast path read as well? Three seeds in either style, a quarter of an hour'),
         arg('--device', default='auto', metavar='DEVICE', help='a torch device (default: auto)')]),
 )
 

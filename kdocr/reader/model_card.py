@@ -12,7 +12,7 @@ from ..config import Config, load_config, as_dict
 from ..metrics import Prediction, read_predictions, score, wilson
 from ..models.restran import make_model
 from ..training.run_folder import FREE_SETTINGS, RunFolder, load_checkpoint
-from ..analysis.probe import calibration_error, reliability
+from ..analysis.errors import calibration_error, reliability
 from ..analysis.compare import data_of
 
 # %% ../../nbs/reader/76_model_card.ipynb #29c93be9

@@ -1,22 +1,24 @@
-"""The bench: rows and ratios, the plain loader it measures against, many tracks out of few, and the whole of it in its smallest form."""
+"""The bench: rows and ratios, the plain training it compares with, many tracks out of few, and all of it in its smallest form."""
 import json, math
+from types import SimpleNamespace
 import pytest
 import torch
-import kdocr.analysis.bench
 from kdocr.data.augment import apply_light, draw_geometry, draw_light, warp
-from kdocr.analysis.bench import (COMPARED, MEASURES, FilePairs, FileLoader, QUICK, STYLES, TRAINED, Sizes, Trial, accuracy, accuracy_table, apart, arms, bench, files_of, in_turns, inputs, memory,
-                         multiply, plain, plain_ctc, plan, plot_bench, ratios, record, result, stand_in, step_flops, matmul_rate, summary, table_text, trainer, training, turn)
+from kdocr.analysis.bench import (_COMPARED, PlainPairs, Sizes, _anonymous, _apart, _inputs, _plain_loader,
+                                  _plan, _row, _trainer, _training, _turn, bench, bench_configs, in_turns, multiply,
+                                  plain_loss, plain_steps, plot_bench, ratios, summary, table_text)
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
 from kdocr.distill.ctc import ctc_loss
 from kdocr.data.batches import open_data, to_input
 from kdocr.data.icpr import check, index_data, read_image
-from kdocr.metrics import Prediction
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.data.pack import fit
+from kdocr.training.distillation import load_teacher, new_projections, new_student
 from kdocr.training.run_folder import load_checkpoint
 from kdocr.data.synth import synth
 
+TRAINED = ['CTC', 'live teacher', 'cached teacher']
 FIELDS = {'measure', 'arm', 'round', 'value', 'unit', 'n'}
 ABOUT = dict(cpu='a cpu', cores=2, load=[0., 0., 0.], device='cpu', device_name='x', torch='2')
 TINY = Sizes(tracks=30, rounds=2, batches=2, steps=1, batch_size=8, big='restran_tiny', big_batch=2, big_rounds=2, big_threads=(1,), grow=(20, 40), grow_rounds=1)
@@ -30,7 +32,7 @@ def place(tmp_path_factory):
     synth(place/'plates', tracks=30, test=0, seed=0)
     return place
 
-def rows(measure, unit='tracks/s', **arms): return [record(measure, a, r, v, unit, 64) for a, values in arms.items() for r, v in enumerate(values)]
+def rows(measure, unit='tracks/s', **arms): return [_row(measure, a, r, v, unit, 64) for a, values in arms.items() for r, v in enumerate(values)]
 
 
 def test_arms_take_turns_in_a_rotating_order_and_the_first_round_is_thrown_away():
@@ -41,13 +43,13 @@ def test_arms_take_turns_in_a_rotating_order_and_the_first_round_is_thrown_away(
 
 def test_a_turn_does_not_count_its_first_step():
     steps = iter(range(100))
-    assert turn(steps, 4, torch.device('cpu')) >= 0 and next(steps) == 5
+    assert _turn(steps, 4, torch.device('cpu')) >= 0 and next(steps) == 5
 
 def test_ratios_are_taken_within_a_round():
     f = ratios(rows('step', **{'CTC': [10, 1, 30], 'CTC, reference style': [5, 1, 10], 'live teacher': [4, 4, 4]}))
     first = f.iloc[0]
     assert (first.arm, first.base, first['median'], first.lo, first.hi, first.rounds) == ('CTC', 'CTC, reference style', 2, 1.5, 2.5, 3)
-    assert list(zip(f.arm, f.base)) == [('CTC', 'CTC, reference style'), ('live teacher', 'CTC')] and set(zip(f.arm, f.base)) <= set(COMPARED)
+    assert list(zip(f.arm, f.base)) == [('CTC', 'CTC, reference style'), ('live teacher', 'CTC')] and set(zip(f.arm, f.base)) <= set(_COMPARED)
 
 def test_ratios_of_rates_only_and_of_what_was_measured():
     assert ratios(rows('memory', 'MB', **{'CTC': [1], 'live teacher': [2]})).empty and ratios(rows('step', CTC=[1, 2])).empty
@@ -58,25 +60,26 @@ def test_a_summary_keeps_its_measures_together():
     assert f.iloc[0][['median', 'lo', 'hi', 'rounds']].tolist() == [2.5, 1.75, 3.25, 4]
 
 def test_the_table_names_the_machine_and_every_arm_and_the_figure_draws_without_ratios():
-    found = result(rows('step of restran_tiny, 1 thread', CTC=[10, 12]) + rows('memory', 'MB', CTC=[300]), ABOUT, QUICK, notes=['a note'])
+    records = rows('step of restran_tiny, 1 thread', CTC=[10, 12]) + rows('memory', 'MB', CTC=[300])
+    found = dict(machine=ABOUT, notes=['a note'], ratios=ratios(records).to_dict('records'), summary=summary(records).to_dict('records'))
     said = table_text(found)
     assert said.startswith('a cpu, 2 cores') and said.endswith('a note') and '11' in said and '10.5 to 11.5' in said and said.count('CTC') == 2
-    assert len(plot_bench(found).axes) == 1
+    assert len(plot_bench(found).figure.axes) == 1
     json.dumps(found, allow_nan=False)
 
 
 def test_the_plain_loader_sees_what_the_pack_holds(place):
-    cfg = arms(place, frames=5, aug_strength=0.)['live teacher']
+    cfg = bench_configs(place, frames=5, aug_strength=0.)['live teacher']
     data, tracks = open_data(cfg), {t.key: t for t in index_data(place/'plates').train}
-    files = FilePairs([tracks[k] for k in data.train.keys], cfg, train=False)
+    files = PlainPairs([tracks[k] for k in data.train.keys], cfg, train=False)
     batch = data.train.batch(torch.arange(len(data.train)), frames=5)
     for i in range(len(files)):
         assert torch.equal(files[i]['images'], batch.images[i]) and torch.equal(files[i]['clean_hr'], batch.clean_hr[i]) and files[i]['texts'] == batch.texts[i]
 
 def test_the_plain_loader_draws_frames_and_moves_the_pair_together(place):
-    cfg = arms(place, aug_strength=0.)['live teacher']
+    cfg = bench_configs(place, aug_strength=0.)['live teacher']
     track = index_data(place/'plates').train[:1]
-    still, moved = FilePairs(track, cfg), FilePairs(track, cfg.model_copy(update=dict(aug_strength=1.)))
+    still, moved = PlainPairs(track, cfg), PlainPairs(track, cfg.model_copy(update=dict(aug_strength=1.)))
     drawn = {still[0]['images'].sum().item() for _ in range(40)}
     assert 2 <= len(drawn) <= 5
     torch.manual_seed(0)
@@ -90,32 +93,37 @@ def test_the_plain_loader_draws_frames_and_moves_the_pair_together(place):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_pass_has_as_many_batches_as_asked(place, workers):
-    cfg = arms(place, batch_size=8)['CTC']
+    cfg = bench_configs(place, batch_size=8)['CTC']
     data = open_data(cfg)
-    loader = FileLoader(files_of(cfg, data, pairs=False), 5, workers)
+    loader = _plain_loader(cfg, data, 5, workers, pairs=False)
     for _ in range(2): assert [(b['images'].shape, len(b['texts'])) for b in loader] == [((8, 1, 3, 32, 128), 8)] * 5 # 40 of 24 tracks
 
 def test_the_plain_step_is_ours_written_out(place):
     logits, texts = torch.randn(4, 16, 37, generator=torch.Generator().manual_seed(0)), ['ABC1234', 'AAB0C11', 'XYZ9Z99', 'BRA2E19']
-    assert torch.allclose(plain_ctc(logits, texts, Charset()), ctc_loss(logits, texts, Charset()), atol=1e-5)
-    cfg = arms(place, batch_size=4, steps=3, aug_strength=0.)['live teacher']
+    class Given(torch.nn.Linear):
+        def forward_taps(self, x): return SimpleNamespace(logits=logits)
+    cfgs = bench_configs(place, batch_size=4, steps=3, aug_strength=0.)
+    assert torch.allclose(plain_loss(dict(images=logits, texts=texts), cfgs['CTC'], Given(1, 1)), ctc_loss(logits, texts, Charset()), atol=1e-5)
+    cfg = cfgs['live teacher']
     data = open_data(cfg)
-    stand_in(cfg, data)
-    ours, theirs = trainer(cfg, data), plain(cfg, data, 2)
+    ours = _trainer(cfg, data)
+    student, teacher = new_student(cfg, data.split.hash), load_teacher(cfg, data.split.hash)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), ours.model.parameters()))
     batch = ours.batch(0)
-    ours.model.train(), theirs.model.train()
-    with torch.no_grad(): a, b = ours.losses(batch)['loss'], theirs.loss(dict(images=batch.images, clean_hr=batch.clean_hr, texts=batch.texts))
+    ours.model.train(), student.train()
+    project = new_projections(cfg, student, teacher)
+    with torch.no_grad(): a, b = ours.losses(batch)['loss'], plain_loss(dict(images=batch.images, clean_hr=batch.clean_hr, texts=batch.texts), cfg, student, teacher, project)
     assert torch.allclose(a, b, rtol=1e-4)
-    before = theirs.model.state_dict()['head.weight'].clone()
-    assert len(list(theirs.steps())) == 3 and not torch.equal(before, theirs.model.state_dict()['head.weight'])
-    assert not any(p.requires_grad for p in theirs.teacher.parameters())
+    before = student.state_dict()['head.weight'].clone()
+    assert len(list(plain_steps(cfg, _plain_loader(cfg, data, 2), student, teacher))) == 3 and not torch.equal(before, student.state_dict()['head.weight'])
+    assert not any(p.requires_grad for p in teacher.parameters())
 
-def test_the_stand_in_is_a_teacher_of_this_split_and_never_overwrites(place):
-    cfg = arms(place, batch_size=4)['live teacher']
+def test_random_teacher_weights_belong_to_this_split_and_never_overwrite(place):
+    cfg = bench_configs(place, batch_size=4)['live teacher']
     data = open_data(cfg)
-    stand_in(cfg, data)
+    _trainer(cfg, data)
     stamp = cfg.teacher_checkpoint.stat().st_mtime_ns
-    stand_in(cfg, data)
+    _trainer(cfg, data)
     assert load_checkpoint(cfg.teacher_checkpoint)['split_hash'] == data.split.hash and cfg.teacher_checkpoint.stat().st_mtime_ns == stamp
 
 
@@ -135,74 +143,37 @@ def test_multiply_says_what_is_wrong(place, tmp_path):
     with pytest.raises(KdocrError, match='no training tracks'): multiply(tmp_path/'test', tmp_path/'none', 2)
 
 def test_rows_of_every_kind(place):
-    got = inputs(place, 2, 2, [0], 8, 'cpu') + training(place, 2, 1, TRAINED, ['live teacher'], device='cpu', batch_size=8)
+    got = _inputs(place, 2, 2, [0], 8, 'cpu') + _training(place, 2, 1, TRAINED, ['live teacher'], device='cpu', batch_size=8)
     assert all(r.keys() == FIELDS and math.isfinite(r['value']) and r['value'] > 0 for r in got)
     assert {r['arm'] for r in got} == {'packed', 'files, 0 workers', *TRAINED, 'live teacher, reference style'}
     assert {r['n'] for r in got if r['unit'] == 'images/s'} == {2 * 8 * 2} and {r['round'] for r in got} == {0, 1}
 
 def test_a_measure_fails_in_one_line_and_memory_is_its_own():
-    with pytest.raises(KdocrError, match='^bench, packing: /nowhere/plates: no such folder$'): apart('packing', 1, place='/nowhere', rounds=1, workers=[1])
+    with pytest.raises(KdocrError, match='^bench, packing: /nowhere/plates: no such folder$'): _apart('packing', 1, place='/nowhere', rounds=1, workers=[1])
     ballast = torch.ones(100_000_000)
-    assert memory()['peak'] >= memory()['anonymous'] > 400 and ballast.sum() > 0
-
-@pytest.mark.slow
-def test_a_fresh_process_does_not_inherit_the_peak(place):
-    ballast = torch.ones(300_000_000)
-    got = apart('peak', 1, place=str(place), name='CTC', steps=1, device='cpu', batch_size=4)
-    assert ballast.sum() > 0 and {r['arm'] for r in got} == {'CTC', 'imports alone'} and max(r['value'] for r in got) < 1200
-
-def test_flops_grow_with_the_batch_and_a_product_has_a_rate(place):
-    of = [step_flops(trainer(c, open_data(c))) for b in (4, 8) for c in [arms(place, batch_size=b, device='cpu')['CTC']]]
-    assert of[1] == 2 * of[0] > 0 and matmul_rate(torch.device('cpu'), 64, 2, torch.float32) > 0
+    assert _anonymous() > 400 and ballast.sum() > 0
 
 def test_the_plan_compares_like_with_like(place):
-    todo = plan(place, TINY, 'cpu')
-    assert {m for m, _, _ in todo} == {'packing', 'inputs', 'training', 'reading', 'peak'}
+    todo = _plan(place, TINY, 'cpu')
+    assert {m for m, _, _ in todo} == {'packing', 'inputs', 'training', 'reading'}
     for m, threads, given in todo:
         if m == 'inputs': assert given['workers'] == ([0, 1] if threads == 1 else [threads])
         if m == 'training': assert given['workers'] == (0 if threads == 1 else threads)
     json.dumps(todo)
 
 
-def test_the_difference_of_accuracies_is_paired():
-    def read(right): return [Prediction(f't{i}', f'ABC{i:04}', f'ABC{i:04}' if i in right else '', .9) for i in range(100)]
-    found, same = accuracy_table({STYLES[0]: [read(range(50)), read(range(60))], STYLES[1]: [read(range(52)), read(range(59))], STYLES[2]: [read(range(50)), read(range(60))]})
-    assert same['style'] == STYLES[2] and same['mean'] == same['lo'] == same['hi'] == 0
-    assert found['exact'] == [(.5, .52), (.6, .59)] and found['differences'] == pytest.approx([.02, -.01])
-    assert found['mean'] == pytest.approx(.005) and found['lo'] <= 0 <= found['hi'] and found['plates'] == 100
-
-@pytest.fixture
-def here(monkeypatch):
-    "Measures that run in this process: twenty starts of another one are slow, and tested by themselves."
-    def near(measure, threads, **given):
-        torch.set_num_threads(threads)
-        try: return json.loads(json.dumps(MEASURES[measure](**given)))
-        finally: torch.set_num_threads(1)
-    monkeypatch.setattr(kdocr.analysis.bench, 'apart', near)
-
-
 @pytest.mark.slow
-def test_the_smallest_bench(tmp_path, capsys, here):
-    found = json.loads(bench(tmp_path, device='cpu', sizes=TINY).read_text())
+def test_the_smallest_bench(tmp_path, capsys):
+    found = json.loads(bench(tmp_path, device='cpu', sizes=TINY, fresh=False).read_text())
     assert all(r.keys() == FIELDS and r['value'] > 0 for r in found['records'])
     assert {'cpu', 'cores', 'load', 'load_after', 'torch', 'device'} <= found['machine'].keys() and found['sizes']['tracks'] == 30
     assert {'step of restran_tiny, 1 thread', 'step of restran_tiny on 5 frames, 1 thread'} <= {r['measure'] for r in found['ratios']}
     assert {'packed', 'CTC', 'live teacher'} <= {r['arm'] for r in found['ratios']} and all(r['lo'] <= r['median'] <= r['hi'] for r in found['summary'])
     assert all((tmp_path/f'bench.{k}').stat().st_size for k in ('png', 'pdf')) and {p.name for p in tmp_path.iterdir()} == {'bench.json', 'bench.png', 'bench.pdf', 'plates', 'runs'}
     out = capsys.readouterr().out
-    assert 'packed / files, 0 workers' in out and 'No CUDA device' in out
+    assert 'packed / files, 0 workers' in out
     run_notebook('benchmark', tmp_path/'nb', dict(result=tmp_path/'bench.json', out=tmp_path/'nb'))
     assert (tmp_path/'nb/figures/bench.png').exists()
-
-@pytest.mark.slow
-def test_the_smallest_comparison_of_accuracies(tmp_path, capsys, here):
-    small = Trial(60, 12, 3, 2, 2)
-    first = accuracy(tmp_path, small, 1, 'cpu').read_text()
-    found = json.loads(first)
-    assert [r['style'] for r in found['differences']] == list(STYLES[1:]) and all(len(r['exact']) == 2 and r['plates'] == 12 for r in found['differences'])
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'accuracy').rglob('*.csv')}
-    assert accuracy(tmp_path, small, 1, 'cpu').exists() and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
-    assert 'mean difference' in capsys.readouterr().out
 
 @pytest.mark.slow
 def test_the_notebook_measures(tmp_path):

@@ -16,7 +16,6 @@ import pytest
 import torch
 import kdocr.analysis.explore as explore
 from kdocr.distill.similarity import cosine_by_position
-from kdocr.analysis.bench import ratios
 from kdocr.charset import DEFAULT_CHARS
 from kdocr.config import load_config, save_config
 from kdocr.core import KdocrError, read_json, write_json
@@ -25,15 +24,16 @@ from kdocr.data.degrade import Conditions
 from kdocr.training.distillation import load_teacher
 from kdocr.analysis.figures import TERM_STYLES, use_style
 from kdocr.data.icpr import index_data
-from kdocr.analysis.probe import CurveArm, HeldOut, read_curve, series
+from kdocr.analysis.probe import HeldOut
+from kdocr.analysis.curves import CurveArm, read_curve, series
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.training.train_kd import new_trainer, train_kd
-from kdocr.analysis.explore import (CAMERA, LIGHT, LIMIT, ALIGNMENT_VIEWS, Asking, Explorer, Live, Side, LogReader,
-                                    alike, alignment_figure, compared, drawn_conditions, explore_alignment,
-                                    explore_runs, explore_tracks, far_away, figure, track_frames, latencies, live,
-                                    live_figure, matching, open_index, plot_latencies, read_head, run_paths,
-                                    runs_figure, shared_taps, the_data, tracks_frame, watching, yardstick)
+from kdocr.analysis.explore import (_CAMERA, _LIGHT, _ALIGNMENT_VIEWS, _Asking, Explorer, Live, _Side, LogReader,
+                                    _alike, _alignment_figure, _compared, _drawn_conditions, explore_alignment,
+                                    explore_runs, explore_tracks, far_away, _figure, _track_frames, live,
+                                    _live_figure, matching, _open_index, _read_head, _run_paths, _runs_figure,
+                                    _shared_taps, _the_data, tracks_frame, _yardstick)
 from small_runs import drawn, small
 
 def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -45,7 +45,7 @@ def words(fig): return ' '.join(t.get_text() for t in fig.texts)
 def one_thread():
     torch.set_num_threads(1)
     plt.close('all') # what other tests of this process left
-    with matplotlib.rc_context(explore.WIDGET_LAYOUT): yield
+    with matplotlib.rc_context(explore._WIDGET_LAYOUT): yield
     assert not plt.get_fignums(), 'explorers leave no figure open'
     plt.close('all')
 
@@ -82,7 +82,7 @@ def counting():
     def draw(n, power):
         if n == 13: raise KdocrError('13: no such <b>luck</b>')
         drawn.append((n, power))
-        fig = figure(3, 1, .4)
+        fig = _figure(3, 1, .4)
         fig.subplots().plot([0, n], [0, power])
         return fig
     def adapt(c, name): c['n'].value = 3 if name == 'power' else c['n'].value
@@ -119,7 +119,7 @@ def test_an_error_is_said_and_the_picture_stays():
     with pytest.raises(KdocrError, match="control 'powr': did you mean 'power'"): ex['powr']
 
 def test_a_fault_of_the_program_is_shown_too():
-    def draw(n): return figure(1, 1) if n else 1/0
+    def draw(n): return _figure(1, 1) if n else 1/0
     ex = Explorer({'': dict(n=W.IntSlider(1, 0, 3))}, draw)
     with pytest.raises(ZeroDivisionError): ex['n'].value = 0
     assert 'ZeroDivisionError' in said(ex) and not ex.quiet
@@ -139,7 +139,7 @@ def test_controls_and_a_plain_figure_are_displayed_and_only_one_is_seen(monkeypa
 # ---- tracks
 
 def test_a_folder_as_a_frame(competition):
-    found, parts = open_index(competition)
+    found, parts = _open_index(competition)
     f = tracks_frame(found, parts)
     assert f.part.value_counts().to_dict() == dict(train=12, test=3) and f.scenario.value_counts().to_dict() == dict(A=4, B=11)
     assert f.text[matching(f, scenario='A', layout='Mercosur')].tolist() == ['BRA2E19', 'KDO4C26']
@@ -147,34 +147,34 @@ def test_a_folder_as_a_frame(competition):
     assert len(matching(f, 'av')) == 1 and not len(matching(f, 'av', part='test')) and len(matching(f)) == 15
 
 def test_the_split_is_known_where_there_is_one(results):
-    found, parts = open_index(drawn())
+    found, parts = _open_index(drawn())
     assert set(tracks_frame(found, parts).part) == {'train', 'val', 'test'}
     data = open_data(load_config(results/'control/config.yaml'))
-    f = tracks_frame(*open_index(data))
-    assert set(f.key[f.part == 'val']) == set(data.split.val) and len(tracks_frame(*open_index(found), )) == len(f)
+    f = tracks_frame(*_open_index(data))
+    assert set(f.key[f.part == 'val']) == set(data.split.val) and len(tracks_frame(*_open_index(found), )) == len(f)
 
 def test_what_is_no_data_is_refused(tmp_path):
-    with pytest.raises(KdocrError, match='int: tracks are explored in a folder'): open_index(3)
+    with pytest.raises(KdocrError, match='int: tracks are explored in a folder'): _open_index(3)
     with pytest.raises(KdocrError, match='nowhere: no such folder'): explore_tracks(tmp_path/'nowhere')
     with pytest.raises(KdocrError, match='no tracks in it'): explore_tracks(tmp_path)
 
 def test_only_what_is_shown_is_read(competition, monkeypatch):
     read = []
     monkeypatch.setattr(explore, 'read_image', lambda p: read.append(p) or cv2.imread(str(p))[..., ::-1])
-    track_frames.cache_clear()
+    _track_frames.cache_clear()
     ex = explore_tracks(competition)
     assert len(read) == 10 and len({p.parent for p in read}) == 1
     ex['noise'].value = 9.
     assert len(read) == 10
     ex['plate'].value = 4
     assert len(read) == 20
-    track_frames.cache_clear()
+    _track_frames.cache_clear()
 
 def test_every_control_of_the_tracks_changes_the_picture(competition):
     ex = explore_tracks(competition)
     ex['motion'].value = 4. # without motion its angle says nothing
     before = ex.image.value
-    moves = [(k, hi if k != 'quality' else lo) for k, (lo, hi, *_) in (CAMERA | LIGHT).items()] + [('plate', 3), ('scenario', 'B'), ('layout', 'Mercosur'), ('part', 'test')]
+    moves = [(k, hi if k != 'quality' else lo) for k, (lo, hi, *_) in (_CAMERA | _LIGHT).items()] + [('plate', 3), ('scenario', 'B'), ('layout', 'Mercosur'), ('part', 'test')]
     for name, value in moves:
         ex[name].value = value
         assert ex.image.value != before and 'kdocr-error' not in said(ex), name
@@ -186,17 +186,17 @@ def test_every_control_of_the_tracks_changes_the_picture(competition):
     ex['text'].value = 'wx'
     assert 'kdocr-error' not in said(ex) and ex['plate'].max == 1
     ex['draw'].click()
-    assert {k: ex[k].value for k in drawn_conditions(0, 'B')} == pytest.approx(drawn_conditions(0, 'B'), abs=.06)
+    assert {k: ex[k].value for k in _drawn_conditions(0, 'B')} == pytest.approx(_drawn_conditions(0, 'B'), abs=.06)
 
 def test_sliders_are_the_parameters_of_the_degradation():
-    assert {f.name for f in fields(Conditions)} - {'cast', 'slope'} == {*CAMERA, *LIGHT} - {'height'}
-    assert all(lo <= start <= hi for lo, hi, _, start, _ in (CAMERA | LIGHT).values())
+    assert {f.name for f in fields(Conditions)} - {'cast', 'slope'} == {*_CAMERA, *_LIGHT} - {'height'}
+    assert all(lo <= start <= hi for lo, hi, _, start, _ in (_CAMERA | _LIGHT).values())
     for n in range(50):
-        for k, x in drawn_conditions(n, 'AB'[n % 2]).items(): assert (CAMERA | LIGHT)[k][0] <= x <= (CAMERA | LIGHT)[k][1]
+        for k, x in _drawn_conditions(n, 'AB'[n % 2]).items(): assert (_CAMERA | _LIGHT)[k][0] <= x <= (_CAMERA | _LIGHT)[k][1]
 
 def test_degraded_by_hand(competition):
-    hr = track_frames(index_data(competition).train[0])[1][0]
-    v = {k: x[3] for k, x in (CAMERA | LIGHT).items()}
+    hr = _track_frames(index_data(competition).train[0])[1][0]
+    v = {k: x[3] for k, x in (_CAMERA | _LIGHT).items()}
     made = far_away(hr, 'a', 12, v)
     assert made.shape == (12, 34, 3) and np.array_equal(made, far_away(hr, 'a', 12, v)) and not np.array_equal(made, far_away(hr, 'b', 12, v))
     clean = v | dict(blur=0., motion=0., contrast=0., sharpen=0., noise=0., quality=98)
@@ -206,7 +206,7 @@ def test_a_damaged_frame_is_said_and_the_rest_shown(competition):
     track = index_data(competition).train[0]
     good = explore_tracks(competition).figure()
     track.lr[1].write_bytes(track.lr[1].read_bytes()[:60])
-    track_frames.cache_clear()
+    _track_frames.cache_clear()
     ex = explore_tracks(competition)
     fig = ex.figure()
     words = ' '.join(t.get_text() for t in fig.axes[0].texts)
@@ -234,33 +234,33 @@ class Rows:
 
 def test_a_network_is_asked_in_chunks_and_once():
     net = Net()
-    asking = Asking(net, Rows(), seconds=1e9, kept=2)
+    asking = _Asking(net, Rows(), seconds=1e9, kept=2)
     assert [float(asking[i].taps['logits'][0, 0, 0]) for i in (0, 31, 5, 99)] == [0, 31, 5, 99] and net.calls == [1, 32, 4]
     asking[0]; asking[40]; asking[0]; asking[99]
     assert net.calls == [1, 32, 4, 32, 4] # two chunks are kept
     assert asking[7].images.shape == (1, 1, 1, 1, 1)
-    slow = Asking(Net(), Rows(), seconds=0.)
+    slow = _Asking(Net(), Rows(), seconds=0.)
     assert slow[99].taps['logits'][0, 0, 0] == 99 and slow.model.calls == [1, 1]
 
 def test_measures_by_hand():
     t = randn(20, 6, 5)
-    y = yardstick(t)
-    assert compared('cosine', 2*t, t, y)['student'].allclose(torch.ones(20, 6)) and compared('relative error', t, t, y)['student'].max() == 0
-    assert float(compared('relative error', torch.zeros_like(t) + y.mean, t, y)['student'].mean()) == pytest.approx(1, abs=1e-5)
-    c = compared('channel', t + 3*y.std, t, y, 2)
+    y = _yardstick(t)
+    assert _compared('cosine', 2*t, t, y)['student'].allclose(torch.ones(20, 6)) and _compared('relative error', t, t, y)['student'].max() == 0
+    assert float(_compared('relative error', torch.zeros_like(t) + y.mean, t, y)['student'].mean()) == pytest.approx(1, abs=1e-5)
+    c = _compared('channel', t + 3*y.std, t, y, 2)
     assert (c['student'] - c['teacher']).allclose(torch.tensor(3.)) and float(c['teacher'].mean()) == pytest.approx(0, abs=1e-5)
-    assert all(x.amax(1).allclose(torch.ones(20)) for x in compared('attention map', randn(20, 6, 5, seed=1), t, y).values())
-    assert float(compared('entropy', torch.zeros_like(t), t, y)['student'][0, 0]) == pytest.approx(np.log(5))
-    assert compared('channel', t[..., :2], t, y, 4).keys() == {'teacher'}
+    assert all(x.amax(1).allclose(torch.ones(20)) for x in _compared('attention map', randn(20, 6, 5, seed=1), t, y).values())
+    assert float(_compared('entropy', torch.zeros_like(t), t, y)['student'][0, 0]) == pytest.approx(np.log(5))
+    assert _compared('channel', t[..., :2], t, y, 4).keys() == {'teacher'}
     for m in ('cosine', 'relative error'):
-        with pytest.raises(KdocrError, match='student .20, 6, 4. and teacher .20, 6, 5. differ'): compared(m, t[..., :4], t, y)
-    with pytest.raises(KdocrError, match="did you mean 'entropy'"): compared('entropi', t, t, y)
-    with pytest.raises(KdocrError, match='does not vary'): yardstick(torch.ones(8, 2, 4))
+        with pytest.raises(KdocrError, match='student .20, 6, 4. and teacher .20, 6, 5. differ'): _compared(m, t[..., :4], t, y)
+    with pytest.raises(KdocrError, match="did you mean 'entropy'"): _compared('entropi', t, t, y)
+    with pytest.raises(KdocrError, match='does not vary'): _yardstick(torch.ones(8, 2, 4))
 
 def test_the_plates_line_is_the_measure(results):
-    opened, _ = the_data(drawn(), [])
-    t, s = Side(results/'teacher_best.pth', 'teacher', opened, 'teacher'), Side(RunFolder(results/'distilled').best, 'student', opened, 'distilled')
-    fig = alignment_figure(s, t, 'val', 1, 'transformer_out', 0, 'cosine', 'plate 2 of 9')
+    opened, _ = _the_data(drawn(), [])
+    t, s = _Side(results/'teacher_best.pth', 'teacher', opened, 'teacher'), _Side(RunFolder(results/'distilled').best, 'student', opened, 'distilled')
+    fig = _alignment_figure(s, t, 'val', 1, 'transformer_out', 0, 'cosine', 'plate 2 of 9')
     right = fig.axes[1]
     want = cosine_by_position(s.on('val')[0].ask(torch.tensor([1])).taps['transformer_out'], t.on('val')[0].ask(torch.tensor([1])).taps['transformer_out'])[0]
     line, = lines(right)
@@ -278,7 +278,7 @@ def test_every_control_of_the_alignment_changes_the_picture(results):
         assert ex.image.value not in seen and 'kdocr-error' not in said(ex), (name, said(ex))
         seen.add(ex.image.value)
     ex['tap'].value = 'backbone_out'
-    assert 'entropy' not in ex['measure'].options and set(ex['measure'].options) == set(ALIGNMENT_VIEWS) - {'entropy'}
+    assert 'entropy' not in ex['measure'].options and set(ex['measure'].options) == set(_ALIGNMENT_VIEWS) - {'entropy'}
     val = read_json(RunFolder(results/'teacher').scores)['val']['n']
     counts = []
     for w in list(ex['which'].options)[1:]:
@@ -320,23 +320,23 @@ def test_a_teacher_of_other_data_is_not_taken_for_the_rest(results, tmp_path):
     with pytest.raises(KdocrError, match='/gone'): explore_alignment(None, [tmp_path/'moved'])
 
 def test_data_where_the_runs_have_them(results):
-    opened, lines_ = the_data(None, [explore.read_run(results/n) for n in ('control', 'moved')])
+    opened, lines_ = _the_data(None, [explore.read_run(results/n) for n in ('control', 'moved')])
     assert str(opened.held.cfg.data) == drawn() and any('moved' in l and 'other data' in l for l in lines_)
 
 def test_data_are_opened_once_for_each_size(results, monkeypatch):
     calls = []
     monkeypatch.setattr(HeldOut, 'open', lambda self, mode, about: calls.append((mode, about['height'])) or open_data(self.cfg.model_copy(update=about)))
     data = open_data(load_config(results/'control/config.yaml'))
-    opened, _ = the_data(data, [])
+    opened, _ = _the_data(data, [])
     about = dict(height=32, width=128)
     assert opened.at(about) is data and not calls and opened.at(dict(about, height=16)) is opened.at(dict(about, height=16)) and calls == [('student', 16)]
 
 def test_another_width_is_shown_without_cosine(results):
-    opened, _ = the_data(drawn(), [])
-    t = Side(results/'teacher_best.pth', 'teacher', opened, 'teacher')
+    opened, _ = _the_data(drawn(), [])
+    t = _Side(results/'teacher_best.pth', 'teacher', opened, 'teacher')
     taps = t.on('val')[1]
     narrow = SimpleNamespace(on=lambda part: (None, {k: x[..., :10] for k, x in taps.items() if k != 'backbone_out'}), about=t.about)
-    assert shared_taps(narrow, t) == (['transformer_out', 'logits'], 'no tap backbone_out in both')
+    assert _shared_taps(narrow, t) == (['transformer_out', 'logits'], 'no tap backbone_out in both')
 
 
 # ---- many runs
@@ -363,7 +363,7 @@ def test_a_log_that_cannot_be_read_is_said_when_its_run_is_chosen(results, tmp_p
 def test_what_fails_while_controls_adapt_is_shown():
     def adapt(c, name):
         if name == 'n' and c['n'].value == 2: raise KdocrError('two: it cannot be')
-    ex = explore.Explorer({'': {'n': explore.W.IntSlider(1, 0, 5)}}, lambda n: figure(2, 1), adapt)
+    ex = explore.Explorer({'': {'n': explore.W.IntSlider(1, 0, 5)}}, lambda n: _figure(2, 1), adapt)
     ex['n'].value = 2
     assert 'two: it cannot be' in said(ex)
     ex['n'].value = 3
@@ -387,39 +387,39 @@ def test_every_control_of_the_runs_changes_the_picture(results):
 def test_the_curves_are_the_logs(results):
     logs = {n: read_curve(results/n).log for n in ('control', 'distilled')}
     arms, keys = [CurveArm(n, [l]) for n, l in logs.items()], ['ctc', 'backbone_out']
-    fig = runs_figure(arms, keys, 'raw', True, 1, 'run')
+    fig = _runs_figure(arms, keys, 'raw', True, 1, 'run')
     a, b, acc = fig.axes
     assert [ax.get_title(loc='left') for ax in fig.axes] == ['control', 'distilled', 'accuracy'] and [len(lines(ax)) for ax in fig.axes] == [1, 2, 2]
     assert np.allclose(lines(b)[1].get_ydata(), series(logs['distilled'], 'backbone_out', 'raw')) and lines(b)[1].get_color() == TERM_STYLES['backbone_out'][1] and b.get_yscale() == 'log'
     assert np.allclose(lines(acc)[0].get_ydata(), 100*logs['control'].val_exact_match.dropna())
-    fig = runs_figure(arms, keys, 'weighted', False, 3, 'term')
+    fig = _runs_figure(arms, keys, 'weighted', False, 3, 'term')
     assert [ax.get_title(loc='left') for ax in fig.axes] == ['CTC', 'backbone', 'accuracy'] and [len(lines(ax)) for ax in fig.axes] == [2, 1, 2] and 'running median of 3 points' in words(fig)
-    for what, by in (('grad', 'run'), ('cosine', 'run'), ('cosine', 'term')): assert 'not measured' in [t.get_text() for t in runs_figure(arms, keys, what, True, 0, by).axes[0].texts]
+    for what, by in (('grad', 'run'), ('cosine', 'run'), ('cosine', 'term')): assert 'not measured' in [t.get_text() for t in _runs_figure(arms, keys, what, True, 0, by).axes[0].texts]
 
 def test_long_lines_are_thinned_after_smoothing():
     n = 5000
     log = pd.DataFrame(dict(step=range(n), ctc=np.arange(n) % 2 + 1., loss=1., val_exact_match=np.nan))
-    ax = runs_figure([CurveArm('a', [log])], ['ctc'], 'raw', False, 3, 'run').axes[0]
+    ax = _runs_figure([CurveArm('a', [log])], ['ctc'], 'raw', False, 3, 'run').axes[0]
     assert [len(l.get_xdata()) for l in ax.lines] == [1000, 1000] and 'n = 5000' in ax.get_xlabel()
     assert np.allclose(lines(ax)[0].get_ydata()[1:], log.ctc.rolling(3, center=True).median()[5::5])
 
 def test_more_panels_than_fit_are_named(results):
     log = read_curve(results/'control').log
-    fig = runs_figure([CurveArm(f'run {i}', [log]) for i in range(11)], ['ctc'], 'raw', True, 0, 'run')
+    fig = _runs_figure([CurveArm(f'run {i}', [log]) for i in range(11)], ['ctc'], 'raw', True, 0, 'run')
     assert sum(bool(ax.lines) for ax in fig.axes) == 9 and 'not shown: run 8, run 9, run 10' in words(fig)
 
 def test_the_most_frequent_charset_and_data_count(results):
-    h = read_head(results/'control')
+    h = _read_head(results/'control')
     others = [h._replace(path=h.path/'c', cfg=h.cfg.model_copy(update=dict(charset='AB'))), h._replace(path=h.path/'d', data=('x', 'y'))]
-    kept, lines_ = alike([others[0], h, h, others[1]])
-    assert kept == [h, h] and ['charset' in lines_[0], 'other data' in lines_[1]] == [True]*2 and alike([]) == ([], [])
-    assert run_paths(results/'control') == [results/'control'] and results/'unfinished' in run_paths([results]) and run_paths(['x']) == ['x']
+    kept, lines_ = _alike([others[0], h, h, others[1]])
+    assert kept == [h, h] and ['charset' in lines_[0], 'other data' in lines_[1]] == [True]*2 and _alike([]) == ([], [])
+    assert _run_paths(results/'control') == [results/'control'] and results/'unfinished' in _run_paths([results]) and _run_paths(['x']) == ['x']
 
 def test_a_term_has_one_line_in_every_panel():
     def log(*keys): return pd.DataFrame({'step': [1, 2], 'loss': 3., 'ctc': 1., 'val_exact_match': np.nan, **{f'kd_{k}{e}': 1. for k in keys for e in ('', '_weighted')}})
     arms = [CurveArm('a', [log('logits_kl')]), CurveArm('b', [log('logits', 'logits_kl')]), CurveArm('c', [log('backbone_out_cosine')])]
     drawn = {}
-    for ax in runs_figure(arms, ['logits', 'logits_kl', 'backbone_out_cosine'], 'raw', True, 1, 'run').axes[:3]:
+    for ax in _runs_figure(arms, ['logits', 'logits_kl', 'backbone_out_cosine'], 'raw', True, 1, 'run').axes[:3]:
         for l in lines(ax): drawn.setdefault(l.get_label(), set()).add((l.get_color(), l.get_linestyle()))
     assert set(drawn) == {'logits', 'logits, kl', 'backbone, cosine'} and all(len(v) == 1 for v in drawn.values()) # ctc was not chosen
     assert len({next(iter(v)) for v in drawn.values()}) == 3 and drawn['logits'] == {(TERM_STYLES['logits'][1], '-')}
@@ -449,7 +449,7 @@ def test_a_watched_run_is_the_same_run(results, tmp_path, more):
     mode = best.training
     want = explore.greedy(best.eval().forward_taps(view.batch.images).logits, a.charset)
     assert [(r[1], r[2]) for r in read] == [(w.text, w.confidence) for w in want] and best.train(mode) is best
-    ax = live_figure(view.log, read, view.pictures, 'b', 4, True, 0).axes
+    ax = _live_figure(view.log, read, view.pictures, 'b', 4, True, 0).axes
     assert np.allclose(lines(ax[0])[0].get_ydata(), view.log.ctc.dropna()) and len(ax[2].images) == 3 and ax[1].get_xlim() == (0, 4)
     before = view.explorer.image.value
     view.explorer['scale'].value = 'linear'
@@ -486,23 +486,7 @@ def test_a_log_is_read_from_where_it_was_left(tmp_path):
     assert tail.read().step.tolist() == [1, 2, 3]
 
 
-# ---- how fast, and the notebook
-
-@pytest.mark.slow
-def test_every_explorers_answer_is_timed(tmp_path):
-    shutil.copytree(drawn(), tmp_path/'plates')
-    rows = latencies(tmp_path, 50, rounds=2, steps=40)
-    assert {r['arm'].split(',')[0] for r in rows} == {'tracks', 'alignment', 'runs'} and all(r['unit'] == 'ms' and r['n'] == 50 and r['value'] > 0 for r in rows) and {r['round'] for r in rows} == {0, 1}
-    ax = plot_latencies(rows, figure(4, 3).subplots())
-    assert [t.get_text() for t in ax.get_yticklabels()] == list(dict.fromkeys(r['arm'] for r in rows)) and ax.lines[0].get_xdata()[0] == LIMIT and '50 tracks' in ax.get_xlabel()
-
-@pytest.mark.slow
-def test_what_watching_costs_is_measured_in_turns(tmp_path, monkeypatch):
-    shutil.copytree(drawn(), tmp_path/'plates', ignore=shutil.ignore_patterns('split.json'))
-    rows = watching(tmp_path, rounds=2, steps=3, batch_size=8, device='cpu', share=float('inf'))
-    assert [(r['arm'], r['round']) for r in rows if r['unit'] == 'tracks/s'] == [('watched', 0), ('alone', 0), ('alone', 1), ('watched', 1)] and [r['value'] for r in rows if r['unit'] == 'drawings'] == [3, 3]
-    f = ratios(rows)
-    assert (f.arm.item(), f.base.item(), f.rounds.item()) == ('watched', 'alone', 2) and not list(tmp_path.glob('.watch-*'))
+# ---- the notebook
 
 @pytest.mark.slow
 def test_the_notebook_shows_pictures_without_a_kernel(results, tmp_path):
