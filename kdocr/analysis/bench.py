@@ -39,10 +39,13 @@ from ..data.synth import synth
 from ..data.pack import fit, pack
 from ..data.batches import Data, open_data
 from ..models.frozen import keep_memory
-from ..distill.losses import distill_losses, total_loss
+from ..distill.losses import total_loss
+from ..distill.terms import distill_losses, parse_terms
 from ..training.run_folder import RunFolder, describe, environment, save_checkpoint
-from ..training.trainer import Stepper, evaluate, lr_at, pick_device
-from ..training.distillation import freeze, load_teacher, new_model, new_projections, new_student
+from ..training.trainer import Trainer, lr_at
+from ..training.evaluation import evaluate
+from ..training.device import pick_device
+from ..training.networks import freeze, load_teacher, new_model, new_projections, new_student
 from ..training.train_kd import new_trainer, train_kd
 from .compare import bootstrap_difference, paired
 from .figures import save_figure, use_style
@@ -151,7 +154,7 @@ def stand_in(cfg:Config, data:Data) -> None:
     teacher = new_model(cfg.model_copy(update=dict(mode='teacher')), cfg.model_type)
     save_checkpoint(cfg.teacher_checkpoint, dict(describe(cfg, cfg.model_type, data.split.hash), model=teacher.state_dict(), step=0))
 
-def trainer(cfg:Config, data:Data) -> Stepper:
+def trainer(cfg:Config, data:Data) -> Trainer:
     "What `train_kd` would train with."
     teacher = load_teacher(cfg, data.split.hash) if cfg.teacher_checkpoint else None
     return new_trainer(cfg, RunFolder(cfg.out/cfg.name), data, teacher)
@@ -205,7 +208,7 @@ class Plain:
     "Training in reference style."
     def __init__(self, cfg:Config, loader:FileLoader, student:nn.Module, teacher:nn.Module|None=None):
         self.cfg, self.loader, self.charset, self.device = cfg, loader, Charset(cfg.charset), pick_device(cfg.device)
-        self.project = new_projections(cfg, student, teacher).to(self.device) if teacher else None
+        self.project = new_projections(cfg, student, teacher, cfg.distill_taps).to(self.device) if teacher else None
         nchw = dict(device=self.device, memory_format=torch.contiguous_format)
         self.model, self.teacher = student.to(**nchw), freeze(teacher.to(**nchw)) if teacher else None
         self.params = [*self.model.parameters(), *(self.project.parameters() if teacher else ())]
@@ -216,7 +219,7 @@ class Plain:
         ctc = plain_ctc(s.logits, batch['texts'], self.charset)
         if self.teacher is None: return ctc
         with torch.no_grad(): t = self.teacher.forward_taps(batch['clean_hr'].to(self.device))
-        return total_loss(ctc, distill_losses(s, t, self.cfg.distill_taps, self.project), self.cfg.distill_weight)
+        return total_loss(ctc, distill_losses(parse_terms(['mse'], self.cfg.distill_taps), s, t, batch['texts'], self.charset, self.project), self.cfg.distill_weight)
 
     def steps(self) -> Iterator[Tensor]:
         "Yields the loss after each step, until `cfg.steps`."
@@ -404,7 +407,7 @@ def matmul_rate(device:torch.device, n:int=8192, rounds:int=10, dtype:torch.dtyp
     steps = product()
     return 2 * n**3 / float(np.median([turn(steps, 5, device) for _ in range(rounds)]))
 
-def step_flops(t:Stepper) -> int:
+def step_flops(t:Trainer) -> int:
     "Floating-point operations of one training step, as torch counts them."
     with FlopCounterMode(display=False) as counted: next(t.steps())
     return counted.get_total_flops()

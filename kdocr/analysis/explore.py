@@ -42,9 +42,10 @@ from ..distill.ctc import greedy
 from ..distill.losses import align_steps
 from ..distill.similarity import PcaRgb, attention_map, cosine_by_position, entropy, pca_rgb, spikes
 from ..training.run_folder import RunFolder, describe, save_checkpoint
-from ..training.trainer import Trainer, pick_device
+from ..training.trainer import Trainer
+from ..training.device import pick_device
 from ..training.train_kd import new_trainer
-from ..training.distillation import new_model
+from ..training.networks import new_model
 from .compare import Run, arm_name, find_runs, read_run, read_values
 from .figures import STYLE, TERM_STYLES, loss_terms, plain_log, save_figure
 from .bench import arms, clock, in_turns, multiply, record, where
@@ -731,7 +732,7 @@ class Live:
 # %% ../../nbs/analysis/68_explore.ipynb #416017a5
 def live(trainer:Trainer, tracks:int=8, share:float=.01) -> None: # as `Live` has them
     "`trainer.fit()` under curves and readings that follow it; the first of several ranks shows them."
-    view = Live(trainer, tracks, share) if trainer.ranks.leads else None
+    view = Live(trainer, tracks, share) if trainer.ctx.is_main else None
     if view: display(view.explorer)
     trainer.fit(view.watch if view else iter)
 

@@ -37,7 +37,7 @@ from ..distill.ctc import greedy
 from ..distill.losses import align_steps
 from ..distill.similarity import attention_map, channel_norms, cosine_by_position, dead_channels, error_by_position
 from ..training.run_folder import RunFolder, load_checkpoint, load_model, state_hash
-from ..training.trainer import read_frames
+from ..training.evaluation import read_frames
 from .compare import Run, arm_name, data_of, run_labels, paired, data_places, read_log
 from .figures import (PAGE, INIT_COLOURS, TERM_STYLES, arm_styles, grid, loss_terms, percent_range,
                                     save_figure, wrapped)

@@ -448,7 +448,7 @@ def test_another_teacher_is_said(results):
 @pytest.mark.parametrize('together', [False, True])
 def test_frames_are_read_as_evaluate_reads_them(results, together):
     from kdocr.analysis.probe import load_reader
-    from kdocr.training.trainer import evaluate
+    from kdocr.training.evaluation import evaluate
     data, _, _ = held_out([read_run(results/'control')])
     model, about = load_reader(RunFolder(results/('frames' if together else 'control')).best, data.split)
     part = data.open('student', dict(about, frames=2)).test
