@@ -6,7 +6,7 @@
 __all__ = ['Flags', 'parse', 'summarise_run', 'main']
 
 # %% ../../nbs/training/49_command.ipynb #cm02
-import json, os, sys, threading, time
+import json, os, sys, threading, time, traceback
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict, get_args, get_origin
 import tyro
@@ -70,7 +70,10 @@ def _rank(argv): # does not return
         except KdocrError as e:
             errors.append(str(e))
             raise
-    status = guard(command)
+    try: status = guard(command)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if errors and file: Path(file).write_text(json.dumps({'message': errors[0]}), encoding='utf-8')
     sys.stdout.flush()

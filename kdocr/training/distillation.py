@@ -21,7 +21,7 @@ from ..distill.logit_terms import kl
 from ..distill.teacher_cache import TapCache, tap_cache
 from ..distill.terms import DistillTerm, distill_losses, parse_terms
 from .device import autocast
-from .distributed import DistContext
+from .distributed import DistContext, TapsModule
 from .networks import freeze, new_projections
 from .run_folder import RunFolder, state_hash
 from .trainer import Trainer
@@ -124,20 +124,23 @@ class TrainerDistill(Trainer):
         "Return the terms whose schedule is above 0 at this step."
         return [t for t in self.terms if t.at(self.step/self.total)]
 
-    def forward(self, model:nn.Module, images:Tensor) -> tuple[TapOut, Tensor]: # images (b,f,3,h,w)
-        "Return the taps in fp32, and the backbone's as the rest of the network received it."
+    def forward(self, model:nn.Module, images:Tensor) -> TapOut: # images (b,f,3,h,w)
+        "Return the taps of a `TapsModule` in fp32."
         with autocast(self.device, self.precision): logits, taps = model(images)
-        return TapOut(logits.float(), {k: v.float() for k, v in taps.items()}), taps['backbone_out']
+        return TapOut(logits.float(), {k: v.float() for k, v in taps.items()})
 
     def student_out(self, images:Tensor) -> tuple[TapOut, Tensor]:
+        "Return the student's taps in fp32, and the backbone's as the rest of the network received it."
         eager = self.measures_grads and self.ctx.world == 1
-        return self.forward(self.modules['model'].forward_taps if eager else self.parallel, images)
+        module = TapsModule(self.modules['model']) if eager else self.parallel
+        out = self.forward(module, images)
+        return out, getattr(module, 'module', module).features
 
     def teacher_out(self, batch:PlateBatch) -> TapOut:
         "Return the teacher's output of the batch's tracks: cached, learning, or frozen."
         if self.cache: return self.cache.take(batch.rows, batch.views)
         images = batch.images if batch.clean_hr is None else batch.clean_hr
-        if self.mutual: return self.forward(self.modules['teacher'].forward_taps, images)[0]
+        if self.mutual: return self.forward(TapsModule(self.modules['teacher']), images)
         return self.frozen.forward_taps(images)
 
     @property

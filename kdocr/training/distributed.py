@@ -124,7 +124,10 @@ class TapsModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images:Tensor) -> TapOut: return self.model.forward_taps(images) # images (b,f,3,H,W)
+    def forward(self, images:Tensor) -> TapOut: # images (b,f,3,H,W)
+        out = self.model.forward_taps(images)
+        self.features = out.taps['backbone_out'] # in the graph; what DistributedDataParallel returns is a copy
+        return out
 
 def sync_batchnorm(model:nn.Module, ctx:DistContext, device:torch.device) -> nn.Module:
     "Return `model` with torch's SyncBatchNorm where several ranks share GPUs, else `model` itself. Parameters stay the same tensors."

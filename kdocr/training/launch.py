@@ -6,7 +6,7 @@
 __all__ = ['check_ranks', 'RankKilled', 'explain_exit', 'train_ranks']
 
 # %% ../../nbs/training/49b_launch.ipynb #1a000002
-import os, sys, tempfile
+import os, signal, sys, tempfile
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -35,15 +35,20 @@ def explain_exit(failures:dict, # rank -> torch's `ProcessFailure`, with exitcod
                  run:str        # the run folder
                 ) -> Exception:
     "Return the error that a training with failed ranks ends in."
-    first = min(failures.values(), key=lambda f: (f.timestamp, f.local_rank))
-    told = [f for f in failures.values() if f.exitcode > 0 and f.error_file_data]
-    if first.exitcode < 0 and not told:
-        return RankKilled(f'{run}: rank {first.local_rank} was ended by {first.signal_name()}, perhaps for lack of memory; '
-                          'the same command goes on from the last checkpoint')
-    if not told: return RuntimeError(f'rank {first.local_rank}: {first.message}; what it printed says why')
-    code, message = told[0].exitcode, told[0].message
-    if code > 128: return Stopped(code - 128, message.partition('; ')[2])
-    return (TemporaryFailure if code == TemporaryFailure.exit_code else KdocrError)(message)
+    ends = sorted(failures.values(), key=lambda f: f.local_rank)
+    told = [f for f in ends if f.error_file != '<N/A>'] # torch's way to say that a rank left no message
+    errors = [f for f in told if f.exitcode < 128]
+    killed = sorted((f for f in ends if f.exitcode < 0), key=lambda f: _BLAME.get(f.exitcode, 1))
+    if errors:
+        kind = TemporaryFailure if errors[0].exitcode == TemporaryFailure.exit_code else KdocrError
+        return kind(errors[0].message)
+    if killed and (killed[0].exitcode != -signal.SIGTERM or not told):
+        return RankKilled(f'{run}: rank {killed[0].local_rank} was ended by {killed[0].signal_name()}, perhaps for lack of '
+                          'memory; the same command goes on from the last checkpoint')
+    if told: return Stopped(told[0].exitcode - 128, told[0].message.partition('; ')[2])
+    return RuntimeError(f'rank {ends[0].local_rank}: {ends[0].message}; what it printed says why')
+
+_BLAME = {-signal.SIGKILL: 0, -signal.SIGABRT: 2, -signal.SIGTERM: 3} # an aborted or terminated rank often follows another
 
 # %% ../../nbs/training/49b_launch.ipynb #1a00000f
 def train_ranks(cfg:Config,

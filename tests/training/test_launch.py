@@ -49,7 +49,7 @@ def test_what_a_machine_without_a_gpu_can_share(tmp_path, monkeypatch):
 def ended(rank, exitcode, message='', when=0):
     "As torch's launcher reports it: a message in an error file, or none."
     name = signal.Signals(-exitcode).name if exitcode < 0 else ''
-    return SimpleNamespace(local_rank=rank, exitcode=exitcode, timestamp=when, error_file_data={'message': message} if message else {},
+    return SimpleNamespace(local_rank=rank, exitcode=exitcode, timestamp=when, error_file='a.json' if message else '<N/A>',
                            message=message or 'it exited', signal_name=lambda: name)
 
 LOST = ended(0, 1, when=2)

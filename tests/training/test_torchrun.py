@@ -70,11 +70,11 @@ STOP = '''
 import os, signal, sys
 from kdocr.training.trainer import Trainer
 from kdocr.training.command import main
-whole, at, how = Stepper.losses, int(os.environ['AT']), getattr(signal, os.environ['HOW'])
+whole, at, how = Trainer.losses, int(os.environ['AT']), getattr(signal, os.environ['HOW'])
 def losses(self, batch):
     if self.step == at and self.ctx.rank == 1: os.kill(os.getpid(), how)
     return whole(self, batch)
-Stepper.losses = losses
+Trainer.losses = losses
 sys.exit(main())'''
 
 
