@@ -1,5 +1,5 @@
 """`python train_kd.py --mode teacher|student --config ...`: the command `train_kd`, from a checkout."""
 import sys
-from kdocr.training.train_kd import main
+from kdocr.training.command import main
 
 if __name__ == '__main__': sys.exit(main())

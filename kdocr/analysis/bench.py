@@ -30,10 +30,13 @@ from ..data.synth import synth
 from ..data.pack import fit, pack
 from ..data.batches import Data, open_data
 from ..models.frozen import keep_memory
-from ..distill.losses import distill_losses, total_loss
+from ..distill.losses import total_loss
+from ..distill.terms import distill_losses, parse_terms
 from ..training.run_folder import RunFolder, describe, environment, save_checkpoint
-from ..training.trainer import evaluate, lr_at, pick_device
-from ..training.distillation import freeze, load_teacher, new_model, new_projections, new_student
+from ..training.trainer import lr_at
+from ..training.evaluation import evaluate
+from ..training.device import pick_device
+from ..training.networks import freeze, load_teacher, new_model, new_projections, new_student
 from ..training.train_kd import new_trainer
 from .figures import save_figure, use_style
 
@@ -184,11 +187,12 @@ def plain_loss(batch:dict, # as the loader yields it
                      torch.tensor([len(y) for y in targets]), blank=charset.blank)
     if teacher is None: return ctc
     with torch.no_grad(): t = teacher.forward_taps(batch['clean_hr'].to(device))
-    return total_loss(ctc, distill_losses(s, t, cfg.distill_taps, project), cfg.distill_weight)
+    kd = distill_losses(parse_terms(['mse'], cfg.distill_taps), s, t, batch['texts'], Charset(cfg.charset), project)
+    return total_loss(ctc, kd, cfg.distill_weight)
 
 def plain_steps(cfg:Config, loader:DataLoader, student:nn.Module, teacher:nn.Module|None=None) -> Iterator[Tensor]:
     "Train and yield the loss after each step, until `cfg.steps`."
-    project = new_projections(cfg, student, teacher) if teacher else None
+    project = new_projections(cfg, student, teacher, cfg.distill_taps) if teacher else None
     nets = [n.to(pick_device(cfg.device)) for n in (student, project) if n is not None]
     if teacher: teacher = freeze(teacher.to(pick_device(cfg.device)))
     params, step = [p for n in nets for p in n.parameters()], 0

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest, t as student_t
 from ..core import KdocrError, nearest, np_rng, read_json
-from ..config import Config, RunSettings, ViewSettings, differences, load_config, uses_teacher
+from ..config import Config, differences, load_config, uses_teacher
 from ..metrics import Prediction, cer, confidence_gap, exact_match, pct, wilson
 from ..data.icpr import index_data
 from ..data.batches import open_data
@@ -449,10 +449,14 @@ def _teacher_file(r, otherwise):
     if found is None: raise KdocrError(f'its teacher is not at {named}')
     return found
 
+_DATA_SETTINGS = ('data', 'synth_tracks', 'synth_test', 'val_frac', 'label_frac', 'packs', 'skip_faulty', 'data_on', 'height',
+                  'width', 'charset', 'student_input', 'degraded_frac', 'n_degraded', 'clean_hr_guided', 'frames', 'eval_frames',
+                  'aug_strength', 'n_fixed_augs', 'recombine_p', 'lowres_aug_p', 'hr_mix_p') # what decides the tracks and how they are seen
+
 def _same_tracks(r, tracks, known): # LR and HR of the run's validation tracks; `known` keeps what was read
     root = data_of(r.path, r.cfg)
     cfg = r.cfg.model_copy(update=dict(data=root, out=r.path.parent, seed=0))
-    key = repr([(k, v) for k, v in cfg if k in ViewSettings.model_fields and k not in RunSettings.model_fields])
+    key = repr([(k, v) for k, v in cfg if k in _DATA_SETTINGS])
     if key not in known:
         lr, hr = (open_data(cfg.model_copy(update=dict(mode=mode))) for mode in ('student', 'teacher'))
         rows = torch.linspace(0, len(lr.val) - 1, min(tracks, len(lr.val))).long()

@@ -16,7 +16,7 @@ from torch import nn
 from ..charset import Charset
 from ..metrics import Prediction, wilson
 from ..distill.ctc import greedy
-from ..training.trainer import read_frames
+from ..training.evaluation import read_frames
 from .compare import paired
 from .figures import percent_range
 from .curves import run_styles

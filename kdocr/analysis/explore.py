@@ -720,6 +720,6 @@ class Live:
 # %% ../../nbs/analysis/68_explore.ipynb #416017a5
 def live(trainer:Trainer, tracks:int=8, share:float=.01) -> None: # as `Live` has them
     "`trainer.fit()` under curves and readings that follow it; the first of several ranks shows them."
-    view = Live(trainer, tracks, share) if trainer.ranks.leads else None
+    view = Live(trainer, tracks, share) if trainer.ctx.is_main else None
     if view: display(view.explorer)
     trainer.fit(view.watch if view else iter)

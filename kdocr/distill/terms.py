@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'DISTILL_TERMS', 'Schedule', 'parse_schedule', 'options_of', 'asks_for', 'DistillTerm', 'parse_term',
-           'parse_terms', 'term_values']
+           'parse_terms', 'distill_losses']
 
 # %% ../../nbs/distill/37_terms.ipynb #t3700002
 import inspect, math, re
@@ -125,7 +125,7 @@ def parse_terms(texts:Sequence[str], taps:Sequence[str],
     return terms
 
 # %% ../../nbs/distill/37_terms.ipynb #t3700015
-def term_values(terms:Sequence[DistillTerm], s:TapOut, t:TapOut, # student and teacher, of the same tracks
+def distill_losses(terms:Sequence[DistillTerm], s:TapOut, t:TapOut, # student and teacher, of the same tracks
                 texts:Sequence[str|None],                 # their texts; None: what the teacher reads stands for it
                 charset:Charset, project:Projections|None=None, # where widths differ
                ) -> dict[str, Tensor]:                    # key -> scalar in fp32, unweighted

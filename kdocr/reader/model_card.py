@@ -23,7 +23,7 @@ def _data(run:RunFolder, cfg:Config, env:dict, ckpt:dict) -> dict:
     said = ', '.join(f'{k} {told[k]}' for k in ('tracks', 'test', 'seed', 'variety') if k in told)
     source = f'plates drawn by kdocr synth ({said})' if told else f'{"the pictures that a CSV lists" if cfg.data.suffix == ".csv" else "tracks"}, {cfg.data.name}'
     drawn = True if told else None if root is None else False # None: the data are gone, nobody knows
-    return dict(source=source, drawn=drawn, fingerprint=env['data_fingerprint'], split=env['split_hash'], texts=len(ckpt['seen']) if 'seen' in ckpt else None)
+    return dict(source=source, drawn=drawn, fingerprint=env['data_fingerprint'], split=env['split_hash'], texts=len(ckpt['train_plate_ids']) if 'train_plate_ids' in ckpt else None)
 
 def _recipe(cfg:Config) -> dict: # what differs from the defaults, and what everybody asks for
     usual, asked = as_dict(Config()), ('mode', 'seed', 'steps' if cfg.steps else 'epochs', 'batch_size', 'lr', *(('student_init', 'distill_weight') if cfg.mode == 'student' else ()))

@@ -202,7 +202,7 @@ def _torch(path, device, threads) -> Network:
     try: import torch
     except ImportError: raise KdocrError(f'{path}: a checkpoint needs PyTorch, which is not installed; `kdocr export` makes an ONNX file of it where PyTorch is') from None
     from kdocr.training.run_folder import load_checkpoint, model_of
-    from kdocr.training.trainer import pick_device
+    from kdocr.training.device import pick_device
     if threads: torch.set_num_threads(threads)
     ckpt, device = load_checkpoint(path), pick_device(device)
     model = model_of(ckpt, path).to(device)

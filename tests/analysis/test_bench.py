@@ -14,7 +14,7 @@ from kdocr.data.batches import open_data, to_input
 from kdocr.data.icpr import check, index_data, read_image
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.data.pack import fit
-from kdocr.training.distillation import load_teacher, new_projections, new_student
+from kdocr.training.networks import load_teacher, new_projections, new_student
 from kdocr.training.run_folder import load_checkpoint
 from kdocr.data.synth import synth
 
@@ -111,7 +111,7 @@ def test_the_plain_step_is_ours_written_out(place):
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), ours.model.parameters()))
     batch = ours.batch(0)
     ours.model.train(), student.train()
-    project = new_projections(cfg, student, teacher)
+    project = new_projections(cfg, student, teacher, cfg.distill_taps)
     with torch.no_grad(): a, b = ours.losses(batch)['loss'], plain_loss(dict(images=batch.images, clean_hr=batch.clean_hr, texts=batch.texts), cfg, student, teacher, project)
     assert torch.allclose(a, b, rtol=1e-4)
     before = student.state_dict()['head.weight'].clone()

@@ -21,7 +21,7 @@ from kdocr.config import load_config, save_config
 from kdocr.core import KdocrError, read_json, write_json
 from kdocr.data.batches import open_data
 from kdocr.data.degrade import Conditions
-from kdocr.training.distillation import load_teacher
+from kdocr.training.networks import load_teacher
 from kdocr.analysis.figures import TERM_STYLES, use_style
 from kdocr.data.icpr import index_data
 from kdocr.analysis.probe import HeldOut

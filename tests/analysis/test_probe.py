@@ -210,7 +210,7 @@ def test_runs_are_found_given_and_left_out_in_one_line(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize('together', [False, True])
 def test_frames_are_read_as_evaluate_reads_them(results, together):
-    from kdocr.training.trainer import evaluate
+    from kdocr.training.evaluation import evaluate
     data, _, _ = shared_data([read_run(results/'control')])
     model, about = load_reader(RunFolder(results/('frames' if together else 'control')).best, data.split)
     part = data.open('student', dict(about, frames=2)).test

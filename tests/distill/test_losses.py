@@ -6,10 +6,16 @@ from kdocr.distill.similarity import cosine_by_position, frame_agreement, linear
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
 from kdocr.distill.ctc import CtcReading, check_spellable, ctc_loss, greedy
-from kdocr.distill.losses import Projections, align_steps, distill_losses, tap_mse, total_loss
+from kdocr.distill.losses import Projections, align_steps, tap_mse, total_loss
+from kdocr.distill.terms import distill_losses as losses_of_terms, parse_terms
 from kdocr.models.taps import TapOut
 
 CS, TAPS = Charset(), ('backbone_out', 'transformer_out', 'logits')
+
+
+def distill_losses(s, t, taps, project=None):
+    "The reference recipe: mean squared error at each tap."
+    return losses_of_terms(parse_terms(['mse'], taps) if taps else [], s, t, ['A']*len(t.logits), CS, project)
 
 def randn(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 

@@ -9,17 +9,18 @@ from kdocr.config import load_config
 from kdocr.core import KdocrError, read_json
 from kdocr.distill.ctc import ctc_loss
 from kdocr.data.batches import labelled, open_data
-from kdocr.training.distillation import (GradBalance, TrainerDistill, load_teacher, new_student, pseudo_labels,
-                                         with_pseudo_labels)
+from kdocr.training.distillation import GradBalance, TrainerDistill
+from kdocr.training.networks import load_teacher, new_student
+from kdocr.training.pseudo_labels import pseudo_labels, with_pseudo_labels
 from kdocr.distill.feature_terms import FEATURE_TERMS
 from kdocr.distill.lattice import char_posteriors
 from kdocr.distill.logit_terms import LOGIT_TERMS, kl_char_aligned, kl
-from kdocr.distill.losses import distill_losses, tap_mse
+from kdocr.distill.losses import align_pair, tap_mse
 from kdocr.training.run_folder import RunFolder, load_checkpoint, load_model, plate_hashes, save_checkpoint, state_hash
 from kdocr.models.taps import TapOut
 from kdocr.distill.terms import (DISTILL_TERMS, Schedule, asks_for, options_of, parse_schedule, parse_term,
-                                 parse_terms, term_values)
-from kdocr.training.trainer import EMA, Stepper, to_rows
+                                 parse_terms, distill_losses)
+from kdocr.training.trainer import EMA, Trainer, to_rows
 from kdocr.training.train_kd import new_trainer, train_kd
 from small_runs import same_end, small
 
@@ -38,7 +39,8 @@ def test_the_default_is_the_seed():
     s, t = out(), out(seed=1)
     terms = parse_terms(load_config().distill_terms, load_config().distill_taps)
     assert [(x.tap, x.name, x.weight, x.schedules) for x in terms] == [(tap, 'mse', 1., ()) for tap in TAPS]
-    got, want = term_values(terms, s, t, ['A']*3, CS), distill_losses(s, t, TAPS)
+    got = distill_losses(terms, s, t, ['A']*3, CS)
+    want = {f'kd_{k}': tap_mse(*align_pair(k, s.logits if k == 'logits' else s.taps[k], t.logits if k == 'logits' else t.taps[k], None)) for k in TAPS}
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
 
 
@@ -47,7 +49,7 @@ def test_every_part_of_a_term():
     assert term.key == 'kd_logits_kl' and term.options == dict(temperature=4., steps='nonblank_any')
     assert [term.at(x) for x in (0, .25, .5, .74, .75, 1)] == [0, .125, .25, .25, 0, 0]
     s, t = out(), out(seed=1)
-    assert term_values([term], s, t, ['A']*3, CS)['kd_logits_kl'] == kl(s.logits, t.logits, temperature=4., steps='nonblank_any')
+    assert distill_losses([term], s, t, ['A']*3, CS)['kd_logits_kl'] == kl(s.logits, t.logits, temperature=4., steps='nonblank_any')
 
 
 def test_a_term_without_a_tap_stands_at_each_of_distill_taps():
@@ -65,7 +67,7 @@ def test_every_term_teaches_the_student_alone(name):
     s, t = out(), out(seed=1)
     tap = 'logits' if name in LOGIT_TERMS or name == 'mse_steps' else 'backbone_out'
     for x in (s, t): at = x.logits if tap == 'logits' else x.taps[tap]; at.requires_grad_()
-    value, = term_values(parse_term(f'{tap}:{name}', TAPS, TAPS), s, t, ['AB1', None, 'A'], CS).values()
+    value, = distill_losses(parse_term(f'{tap}:{name}', TAPS, TAPS), s, t, ['AB1', None, 'A'], CS).values()
     assert value.shape == () and value.dtype == torch.float32 and value.isfinite()
     if name != 'seq_kd': assert value > 0 # a stranger reads something that a random teacher is not sure of
     value.backward()
@@ -78,7 +80,7 @@ def test_characters_are_looked_for_in_the_text_or_in_what_the_teacher_reads():
     from kdocr.distill.ctc import greedy
     read = [r.text for r in greedy(t.logits, CS)]
     term = parse_term('logits:kl_char_aligned', TAPS, TAPS)
-    known, half = (term_values(term, s, t, texts, CS)['kd_logits_kl_char_aligned'] for texts in (read, [None, read[1], None]))
+    known, half = (distill_losses(term, s, t, texts, CS)['kd_logits_kl_char_aligned'] for texts in (read, [None, read[1], None]))
     assert torch.equal(known, half)
     chars = [char_posteriors(x.logits, read, CS) for x in (s, t)]
     assert torch.equal(known, kl_char_aligned(s.logits, t.logits, *chars))
@@ -149,8 +151,8 @@ def test_a_term_that_has_stopped_leaves_plain_ctc(cfg):
 def test_pulls_are_the_gradients_at_the_backbone(cfg):
     t = make(also(cfg, distill_terms='transformer_out:mse, logits:kl'))
     said = t.losses(t.batch(0))
-    s, pivot = t.look(t.model, t.batch(0).images)
-    guide = t.guide(t.batch(0))
+    s, pivot = t.student_out(t.batch(0).images)
+    guide = t.teacher_out(t.batch(0))
     ctc, mine = ctc_loss(s.logits, t.batch(0).texts, CS), tap_mse(s.taps['transformer_out'], guide.taps['transformer_out'])
     a, b = (torch.autograd.grad(x, pivot, retain_graph=True)[0].flatten() for x in (ctc, mine))
     assert said['ctc_grad'] == pytest.approx(a.norm().item(), rel=1e-4) and said['kd_transformer_out_grad'] == pytest.approx(b.norm().item(), rel=1e-4)
@@ -190,7 +192,7 @@ def test_the_average_is_what_is_kept(cfg):
     for i, _ in zip(range(4), t.steps()):
         decay = min(.5, (1 + i)/(10 + i))
         mean = {k: decay*v + (1 - decay)*t.model.state_dict()[k] for k, v in mean.items()}
-    for k, v in mean.items(): assert torch.allclose(t.reader.state_dict()[k], v, atol=1e-6), k
+    for k, v in mean.items(): assert torch.allclose(t.eval_model.state_dict()[k], v, atol=1e-6), k
 
 
 def test_the_average_is_what_is_scored(cfg):
@@ -227,12 +229,12 @@ def test_settings_that_contradict_each_other(cfg, values, says):
 
 def test_a_term_that_is_no_number_stops_the_run_with_its_name_and_the_tracks(cfg):
     t = make(also(cfg, checkpoint_every=3))
-    guide = t.guide
+    guide = t.teacher_out
     def broken(batch):
         out = guide(batch)
         if t.step == 7: out.taps['transformer_out'][0, 0, 0] = math.nan
         return out
-    t.guide = broken
+    t.teacher_out = broken
     with pytest.raises(KdocrError, match=r'step 8: .*kd_transformer_out.* not finite, on the batch ') as e: t.fit()
     assert all(k in str(e.value) for k in t.batch(7).keys) and load_checkpoint(t.run.last)['step'] in (4, 6)
 
@@ -274,7 +276,7 @@ def test_what_the_teacher_reads_becomes_a_label_where_it_is_sure(cfg, monkeypatc
     truth = [data.train.pack.texts[data.train.rows[i]] for i in hidden]
     said = [(t, .95) for t in truth]
     said[0], said[1], said[2] = ('WRONG99', .99), (truth[1], .5), ('', 1.)
-    monkeypatch.setattr('kdocr.training.distillation.pseudo_labels', lambda *a: said)
+    monkeypatch.setattr('kdocr.training.pseudo_labels.pseudo_labels', lambda *a: said)
     new, about = with_pseudo_labels(c, data, teacher)
     n = len(hidden)
     assert about == dict(labelled=len(data.train) - n, unlabelled=n, read=n - 2, right=n - 3, left_out=2)
@@ -306,12 +308,12 @@ def test_a_run_says_what_became_of_its_labels(cfg):
 
 def test_a_teacher_that_saw_none_of_our_plates_may_come_from_anywhere(cfg, teacher_run, tmp_path):
     ckpt, data = load_checkpoint(teacher_run.published), open_data(cfg)
-    assert torch.equal(ckpt['seen'], plate_hashes(open_data(small(tmp_path)).train.texts))
+    assert torch.equal(ckpt['train_plate_ids'], plate_hashes(open_data(small(tmp_path)).train.texts))
     def teacher(**values): return also(cfg, name='x', teacher_checkpoint=str(save_checkpoint(tmp_path/'t.pth', {**ckpt, 'split_hash': 'another', **values})))
     foreign = plate_hashes(['ZZZ9Z99'])
-    assert not train_kd(teacher(seen=foreign)) is None
+    assert not train_kd(teacher(train_plate_ids=foreign)) is None
     student = load_checkpoint(tmp_path/'x'/'checkpoints'/'best.pth')
-    assert set(foreign.tolist()) < set(student['seen'].tolist()) # who learns from it has seen them too
+    assert set(foreign.tolist()) < set(student['train_plate_ids'].tolist()) # who learns from it has seen them too
     with pytest.raises(KdocrError, match=rf"t.pth: split_hash is 'another'.*trained on 1 of the {len(set(data.val.texts + data.test.texts))} plates"):
-        train_kd(also(teacher(seen=plate_hashes([data.val.texts[0], 'ZZZ9Z99'])), name='y'))
-    assert train_kd(also(teacher(seen=plate_hashes(data.val.texts)), name='z', allow_leak=True)).finished
+        train_kd(also(teacher(train_plate_ids=plate_hashes([data.val.texts[0], 'ZZZ9Z99'])), name='y'))
+    assert train_kd(also(teacher(train_plate_ids=plate_hashes(data.val.texts)), name='z', allow_leak=True)).finished

@@ -373,7 +373,7 @@ def test_it_reads_what_training_reads(weights):
     from small_runs import drawn, small
     from kdocr.data.batches import open_data
     from kdocr.training.run_folder import load_model
-    from kdocr.training.trainer import evaluate
+    from kdocr.training.evaluation import evaluate
     model, data = load_model(weights), open_data(small('unused', mode='student', teacher_checkpoint=weights))
     with torch.no_grad(): model.head.weight.mul_(30) # random weights that say something
     read = evaluate(model, data.test, CS, torch.device('cpu'), frames=5)

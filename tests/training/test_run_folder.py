@@ -94,7 +94,10 @@ def test_load_model_is_strict_and_exact(tmp_path):
     state.pop(next(iter(state)))
     save_checkpoint(path, dict(about(1), model=state))
     with pytest.raises(KdocrError, match='do not fit a restran_tiny'): load_model(path)
-    save_checkpoint(path, dict(format=1))
+    save_checkpoint(path, dict(format=1)) # as a version of kdocr without schema_version wrote it
+    with pytest.raises(KdocrError, match='m.pth: no schema_version, needed is 2') as e: load_model(path)
+    assert '\n' not in str(e.value)
+    save_checkpoint(path, dict(schema_version=2))
     with pytest.raises(KdocrError, match='m.pth: not a kdocr checkpoint'): load_model(path)
     save_checkpoint(path, about(1))
     with pytest.raises(KdocrError, match="charset is '0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ', needed is 'AB'"): load_model(path, dict(charset='AB'))
@@ -127,7 +130,9 @@ def test_damaged_files_of_a_run_are_named(cfg):
     run.env.write_text('{')
     with pytest.raises(KdocrError, match='env.json'): run.claim(cfg, IDS, {})
     run.env.write_text('{}')
-    run.config.write_text('learning_rate: 1')
+    run.config.write_text('learning_rate: 1') # as a version of kdocr without schema_version wrote it
+    with pytest.raises(KdocrError, match='config.yaml: no schema_version, needed is 2'): run.claim(cfg, IDS, {})
+    run.config.write_text('schema_version: 2\nlearning_rate: 1')
     with pytest.raises(KdocrError, match='config.yaml: unknown key'): run.claim(cfg, IDS, {})
 
 

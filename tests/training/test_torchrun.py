@@ -8,14 +8,13 @@ import torch
 
 from kdocr.core import read_json
 from kdocr.training.run_folder import RunFolder, load_checkpoint
-from kdocr.training.train_kd import train_kd
-from small_runs import SMALL, drawn, flags, same_end, small, timeless
+from small_runs import SMALL, drawn, flags, same_end, timeless
 
 pytestmark = pytest.mark.slow
 TEACHER = dict(mode='teacher', steps=8, log_every=2)
 
 
-def launch(*args, script=('-m', 'kdocr.training.train_kd'), **env):
+def launch(*args, script=('-m', 'kdocr.training.command'), **env):
     how = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *script]
     return subprocess.run([*how, *map(str, args)], capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS='1', **env))
 
@@ -35,9 +34,21 @@ def quiet(tmp_path_factory):
     return train(tmp_path_factory.mktemp('quiet'), name='quiet', **TEACHER)
 
 
+EVAL_BATCHNORM = '''
+import sys
+from torch import nn
+nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
+from kdocr.training.command import main
+sys.exit(main())'''
+
 def test_two_processes_train_as_one_does(quiet, tmp_path):
+    "With BatchNorm in eval mode: in train mode each CPU rank normalises by its own shard, as DistributedDataParallel does."
+    (tmp_path/'frozen.py').write_text(EVAL_BATCHNORM)
     student = dict(mode='student', steps=4, lr=1e-4, recombine_p=.5, teacher_checkpoint=str(quiet.published))
-    one, two = train_kd(small(tmp_path, name='one', **student)), train(tmp_path, name='two', **student)
+    one = subprocess.run([sys.executable, str(tmp_path/'frozen.py'), *asked(tmp_path, name='one', **student)], capture_output=True, text=True)
+    two = launch(*asked(tmp_path, name='two', **student), script=(str(tmp_path/'frozen.py'),))
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr[-2000:] + two.stderr[-2000:]
+    one, two = RunFolder(tmp_path/'one'), RunFolder(tmp_path/'two')
     terms = [[{k: v for k, v in row.items() if not k.startswith('val_')} for row in timeless(run)] for run in (one, two)]
     assert len(terms[0]) == len(terms[1])
     for a, b in zip(*terms): assert b == pytest.approx(a, rel=1e-2, abs=1e-3), 'every term of every step'
@@ -57,13 +68,13 @@ def test_what_both_cannot_do_is_refused(tmp_path):
 
 STOP = '''
 import os, signal, sys
-from kdocr.training.trainer import Stepper
-from kdocr.training.train_kd import main
-whole, at, how = Stepper.losses, int(os.environ['AT']), getattr(signal, os.environ['HOW'])
+from kdocr.training.trainer import Trainer
+from kdocr.training.command import main
+whole, at, how = Trainer.losses, int(os.environ['AT']), getattr(signal, os.environ['HOW'])
 def losses(self, batch):
-    if self.step == at and self.ranks.rank == 1: os.kill(os.getpid(), how)
+    if self.step == at and self.ctx.rank == 1: os.kill(os.getpid(), how)
     return whole(self, batch)
-Stepper.losses = losses
+Trainer.losses = losses
 sys.exit(main())'''
 
 

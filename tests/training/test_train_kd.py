@@ -10,10 +10,12 @@ import torch
 from kdocr.config import CONFIGS, Config, load_config
 from kdocr.core import KdocrError, read_json
 from kdocr.data.batches import open_data
-from kdocr.training.distillation import TrainerDistill, load_teacher, new_model, new_student
+from kdocr.training.distillation import TrainerDistill
+from kdocr.training.networks import load_teacher, new_model, new_student
 from kdocr.training.run_folder import RunFolder, load_checkpoint, load_model, save_checkpoint, state_hash
 from kdocr.training.trainer import Trainer
-from kdocr.training.train_kd import main, new_trainer, parse, train_kd
+from kdocr.training.train_kd import new_trainer, train_kd
+from kdocr.training.command import main, parse
 from small_runs import SMALL, drawn, flags, same, small
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -133,7 +135,7 @@ def test_teacher_checkpoints_that_do_not_fit(teacher_run, tmp_path, fails):
     (tmp_path/'cut.pth').write_bytes(good.read_bytes()[:20_000])
     fails(student_flags(tmp_path, teacher_checkpoint=tmp_path/'cut.pth'), 'cut.pth: damaged')
     fails(student_flags(tmp_path, teacher_checkpoint=good, model_type='restran'), str(good), "model_type is 'restran_tiny', needed is 'restran'")
-    untold = {k: v for k, v in ckpt.items() if k != 'seen'} # what it was trained on is not known
+    untold = {k: v for k, v in ckpt.items() if k != 'train_plate_ids'} # what it was trained on is not known
     for key, value in dict(charset='ABC', split_hash='another', height=48).items():
         save_checkpoint(tmp_path/f'{key}.pth', {**untold, key: value})
         fails(student_flags(tmp_path, teacher_checkpoint=tmp_path/f'{key}.pth'), f'{key}.pth: {key} is {value!r}')

@@ -13,10 +13,13 @@ import torch
 from kdocr.charset import Charset
 from kdocr.core import KdocrError, Stopped, read_json
 from kdocr.data.batches import open_data
-from kdocr.training.distillation import TrainerDistill, freeze
+from kdocr.training.distillation import TrainerDistill
+from kdocr.training.networks import freeze
 from kdocr.models.restran import PRESETS, ResTranOCR_Distill, make_model
 from kdocr.training.run_folder import RunFolder, load_checkpoint
-from kdocr.training.trainer import Stepper, Trainer, evaluate, lr_at, pick_precision
+from kdocr.training.trainer import Trainer, Trainer, lr_at
+from kdocr.training.evaluation import evaluate
+from kdocr.training.device import pick_precision
 from kdocr.training.train_kd import train_kd
 from small_runs import SMALL, drawn, flags, same, same_end, small, timeless
 
@@ -95,7 +98,7 @@ def test_a_student_with_projections_resumes_exactly(tmp_path):
 
 
 def test_what_others_draw_between_two_steps_changes_nothing(tmp_path):
-    a, b = (Stepper(t.cfg, t.data, t.model) for t in (trainer(tmp_path, 'a'), trainer(tmp_path, 'b')))
+    a, b = (Trainer(t.cfg, t.run, t.data, t.model) for t in (trainer(tmp_path, 'a'), trainer(tmp_path, 'b')))
     for _ in a.steps(): pass
     for _ in b.steps(): torch.rand(7); evaluate(b.model, b.data.val, b.charset, b.device)
     assert same(a.model.state_dict(), b.model.state_dict())
@@ -158,12 +161,12 @@ def test_a_run_says_what_it_took(whole):
 
 def test_text_that_the_steps_cannot_spell(tmp_path):
     cfg = small(tmp_path, width=32)
-    with pytest.raises(KdocrError, match=r"track_\d+: '\w+' needs \d+ CTC steps, the model has 4"): Stepper(cfg, open_data(cfg), model())
+    with pytest.raises(KdocrError, match=r"track_\d+: '\w+' needs \d+ CTC steps, the model has 4"): Trainer(cfg, RunFolder(tmp_path/'x'), open_data(cfg), model())
 
 
 def test_text_outside_the_charset(tmp_path):
     cfg = small(tmp_path, charset='ABC')
-    with pytest.raises(KdocrError, match="track_.*is not in the charset 'ABC'"): Stepper(cfg, open_data(cfg), make_model('restran_tiny', 4))
+    with pytest.raises(KdocrError, match="track_.*is not in the charset 'ABC'"): Trainer(cfg, RunFolder(tmp_path/'x'), open_data(cfg), make_model('restran_tiny', 4))
 
 
 def test_evaluate_ignores_batching_and_keeps_the_mode(whole, tmp_path):
@@ -188,8 +191,7 @@ def undisturbed(tmp_path_factory): return train_kd(small(tmp_path_factory.mktemp
 
 DIES = """
 import os, signal, sys, torch
-from kdocr.training import trainer as train
-from kdocr.training import train_kd
+from kdocr.training import trainer as train, train_kd
 losses, save, saved = train.Trainer.losses, torch.save, []
 def die_in_step(self, batch):
     if self.step == 7: os.kill(os.getpid(), getattr(signal, sys.argv[1]))
