@@ -100,7 +100,7 @@ _DATA = (
 # %% ../nbs/80_cli.ipynb #cf405f59
 def read(a):
     from kdocr.reader.recogniser import read_paths
-    return 1 if read_paths(a.paths, a.ckpt, a.decoder, a.layout, a.frames, a.batch, a.format, a.out, a.device, again=a.again) else 0
+    return 1 if read_paths(a.paths, a.ckpt, a.decoder, a.layout, a.frames, a.batch, a.format, a.out, a.device, tta_below=a.tta_below) else 0
 
 # %% ../nbs/80_cli.ipynb #f3def2d0
 _READING = (
@@ -110,7 +110,7 @@ _READING = (
         arg('--decoder', default='constrained', metavar='NAME', help='greedy, beam, or constrained: the most probable text that fits the layout (default: constrained)'),
         arg('--layout', default='auto', metavar='LAYOUT', help='Brazilian, Mercosur, either, free, or patterns such as LLLDLDD|LLDD (L letter, D digit, ? any, [AB] one of these) (default: what the reader was trained for)'),
         arg('--frames', default='auto', metavar='NAME', help='how frames of a track are joined: sum, vote or attention (default: attention where the reader was trained to, else sum)'),
-        arg('--again', type=float, default=.8, metavar='P', help='a plate less sure than this is looked at again, shifted four ways (default: 0.8; 0: never)'),
+        arg('--tta-below', type=float, default=.8, metavar='P', help='a plate less sure than this is looked at again, shifted four ways (default: 0.8; 0: never)'),
         arg('--format', default='', metavar='NAME', help='table, jsonl or csv (default: what the suffix of --out says, else table)'),
         arg('--out', type=path, metavar='FILE', help='(default: standard output)'),
         arg('--batch', type=count, default=64, metavar='N', help='plates in memory at a time (default: 64)'),

@@ -44,7 +44,7 @@ def labelled_tracks(tracks:Sequence[Track], low:bool=False) -> list[Labelled]: #
 
 # %% ../../nbs/reader/72_heights.ipynb #0009
 EVAL_HEIGHTS = (None, 24, 16, 12) # px; None: as stored
-DECODE_MODES = {'greedy, one look': dict(decoder='greedy', again=0.), 'greedy': dict(decoder='greedy'), 'constrained': dict(decoder='constrained')} # in which `Reader.read` is asked
+DECODE_MODES = {'greedy, no TTA': dict(decoder='greedy', tta_below=0.), 'greedy': dict(decoder='greedy'), 'constrained': dict(decoder='constrained')} # in which `Reader.read` is asked
 
 def downscale(picture:np.ndarray, height:int|None) -> np.ndarray:
     "The picture at that height, if it is higher; the aspect ratio is kept."

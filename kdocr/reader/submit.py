@@ -132,7 +132,7 @@ def _frames(track:Track) -> tuple[list[np.ndarray], str]: # what can be read of 
     return good, f'{track.folder}: {len(good) or "none"} of {FRAMES} frames can be read ({"; ".join(bad + missing)})' if bad + missing else ''
 
 def _log_probs(r:Reader, tracks:list[list[np.ndarray]]) -> np.ndarray: # (b,t,c) of each track's frames together, calibrated; a submission has the time for all looks
-    return r.log_probs([np.stack([fit(p, r.about['height'], r.about['width']) for p in t]) for t in tracks], r.settle().frames)
+    return r.log_probs([np.stack([fit(p, r.about['height'], r.about['width']) for p in t]) for t in tracks], r.resolve_options().frames)
 
 def read_together(readers:list[Reader], tracks:list[list[np.ndarray]]) -> list[PlateReading]: # frames (h,w,3) uint8 RGB of each track
     "The most probable plates by the mean of the readers' log-probabilities."

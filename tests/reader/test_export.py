@@ -179,7 +179,7 @@ def test_pickled_code_is_never_run(tmp_path, capsys):
 
 def test_other_weights_and_absent_files(tiny, tmp_path, capsys):
     torch.save({'model': {}}, tmp_path/'x.pth')
-    for name, said in (('x.pth', 'not a kdocr checkpoint'), ('nowhere.pth', 'no such checkpoint')):
+    for name, said in (('x.pth', 'no schema_version, needed is 2'), ('nowhere.pth', 'no such checkpoint')):
         assert main(['export', str(tmp_path/name)]) == 2
         assert said in capsys.readouterr().err
     assert main(['export', str(tiny[0]), '--out', str(tmp_path/'o.onnx'), '--data', str(tmp_path/'nowhere')]) == 2

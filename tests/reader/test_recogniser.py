@@ -154,7 +154,7 @@ def test_folders_and_tracks_are_found_in_order(tmp_path):
     for i in (1, 4): save(tmp_path/f'test/track_1/lr-00{i}.jpg')
     save(tmp_path/'b.png'); save(tmp_path/'a/z.JPG'); save(tmp_path/'.hidden/x.png'); save(tmp_path/'a/.x.png')
     (tmp_path/'test/track_3').mkdir(); (tmp_path/'a/notes.txt').write_text('-'); (tmp_path/'loop').symlink_to(tmp_path)
-    found = [(i.name.removeprefix(f'{tmp_path}/'), [Path(f).name[:6] for f in i.frames], i.left_out) for i in find_plates(tmp_path)]
+    found = [(i.name.removeprefix(f'{tmp_path}/'), [Path(f).name[:6] for f in i.frames], i.missing) for i in find_plates(tmp_path)]
     assert found == [('b.png', ['b.png'], ()), ('a/z.JPG', ['z.JPG'], ()), ('test/track_1', ['lr-001', 'lr-004'], ('lr-002: missing', 'lr-003: missing', 'lr-005: missing')),
                      ('test/track_2', [f'lr-00{i}' for i in range(1, 6)], ()), ('test/track_3', [], tuple(f'lr-00{i}: missing' for i in range(1, 6)))]
     records = READER.read(tmp_path)
@@ -165,7 +165,7 @@ def test_a_bad_frame_is_left_out_and_said(tmp_path):
     track[2].write_bytes(b'no picture')
     for how in ('sum', 'vote'):
         r, = READER.read(tmp_path/'track_1', frames=how)
-        assert (r.text, r.frames, r.error) == (TEXT, 4, '') and r.left_out[0].startswith('lr-003.png: no picture') and len(r.left_out) == 1
+        assert (r.text, r.frames, r.error) == (TEXT, 4, '') and r.missing[0].startswith('lr-003.png: no picture') and len(r.missing) == 1
 
 def test_a_frame_twice_is_said(tmp_path):
     save(tmp_path/'t/lr-001.bmp'); save(tmp_path/'t/lr-001.png')
@@ -180,7 +180,7 @@ def test_links_are_followed_but_for_those_that_lead_back_up(tmp_path):
 
 def test_a_track_is_one_with_a_slash_at_its_end(tmp_path):
     (tmp_path/'track_7').mkdir()
-    assert [i.left_out[0] for i in find_plates(f'{tmp_path}/track_7/')] == ['lr-001: missing']
+    assert [i.missing[0] for i in find_plates(f'{tmp_path}/track_7/')] == ['lr-001: missing']
 
 def test_arrays_of_arrays_and_iterators():
     "What is stacked reads as what is listed; an iterator is drawn from as far as it is asked."
@@ -195,7 +195,7 @@ def test_arrays_of_arrays_and_iterators():
 def test_a_csv_stands_for_what_it_lists(tmp_path):
     for n in ('a.png', 'far/ü 1.png', 'far/2.png'): save(tmp_path/n)
     save(tmp_path/'near.png', 'XYZ9876')
-    def read(text): (tmp_path/'x.csv').write_bytes(text.encode()); return [(r.path.removeprefix(f'{tmp_path}/'), r.text, r.frames, r.error or '; '.join(r.left_out)) for r in READER.read(str(tmp_path/'x.csv'))]
+    def read(text): (tmp_path/'x.csv').write_bytes(text.encode()); return [(r.path.removeprefix(f'{tmp_path}/'), r.text, r.frames, r.error or '; '.join(r.missing)) for r in READER.read(str(tmp_path/'x.csv'))]
     assert read('image,text\na.png,-\nnear.png,\n') == [('a.png', TEXT, 1, ''), ('near.png', 'XYZ9876', 1, '')]
     assert read('\ufeffhr,lr,text,track\r\nnear.png,far/ü 1.png,-,t\r\nnear.png,gone.png,-,t\r\nnear.png,far/2.png,-,\r\n,,-,\r\nnear.png,far/2.png,-,t\r\n') == [
         ('t', TEXT, 2, 'gone.png: no such file'), ('far/2.png', TEXT, 1, ''), ('x.csv:5', '', 0, 'no frames')]
@@ -279,7 +279,7 @@ def test_only_those_that_a_first_look_is_not_sure_of_are_looked_at_again():
     assert [x[:, 0].tolist() for x in others] == [[[1, 9 + x, 5 + y]] for x, y in ((3, 0), (-3, 0), (0, 1), (0, -1))]
     for again, looks in ((0, 1), (1, 5)):
         run, seen = counting((30, 1))
-        net(run).read(ramp(0), again=again)
+        net(run).read(ramp(0), tta_below=again)
         assert len(seen) == looks
 
 @pytest.mark.parametrize('frames', ['sum', 'vote', 'attention'])
@@ -292,21 +292,21 @@ def test_a_second_look_is_the_mean_of_five(frames):
         looks = [np.stack([np.roll(f, (-y, -x), (0, 1)) for f in np.pad(track, ((0, 0), (8, 8), (8, 8), (0, 0)), 'edge')])[:, 8:-8, 8:-8] for x, y in R.TTA_SHIFTS]
         return [run((f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[:, None] if frames == 'sum' else (f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[None]) for f in looks]
     def norm(x): return x - np.log(np.exp(x).sum(-1, keepdims=True))
-    one, five = r.read([list(track)], frames=frames, again=0)[0], r.read([list(track)], frames=frames, again=1)[0]
+    one, five = r.read([list(track)], frames=frames, tta_below=0)[0], r.read([list(track)], frames=frames, tta_below=1)[0]
     assert one.text and five.text and one.confidence != five.confidence
-    assert r.read([list(track), flat(3)], frames=frames, again=1, batch=2)[0].text == five.text, 'whatever its neighbours'
+    assert r.read([list(track), flat(3)], frames=frames, tta_below=1, batch=2)[0].text == five.text, 'whatever its neighbours'
     if frames != 'vote':
         x = norm(np.mean([norm(norm(y).mean(0)) for y in by_hand()], 0))
         assert np.abs(r.log_probs([track], frames)[0] - x).max() < 1e-4
 
 def test_how_unsure_is_a_probability():
     for p in (-.1, 1.1, 90, float('nan')):
-        with pytest.raises(KdocrError, match=f'again {p}: a probability'): READER.read(flat(0), again=p)
+        with pytest.raises(KdocrError, match=f'tta_below {p}: a confidence'): READER.read(flat(0), tta_below=p)
 
 def test_the_layout_is_the_networks_own():
-    assert net(read_bars, layouts=['Mercosur']).settle().layout == 'Mercosur' and net(read_bars, layouts='either').settle().layout == 'either' and net(read_bars, layouts=[]).settle()[:3] == ('beam', '', 'sum')
-    assert Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle()[:3] == ('beam', '', 'sum')
-    with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).settle(layout='either')
+    assert net(read_bars, layouts=['Mercosur']).resolve_options().layout == 'Mercosur' and net(read_bars, layouts='either').resolve_options().layout == 'either' and net(read_bars, layouts=[]).resolve_options()[:3] == ('beam', '', 'sum')
+    assert Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).resolve_options()[:3] == ('beam', '', 'sum')
+    with pytest.raises(KdocrError, match='a letter'): Reader(Network(read_bars, dict(ABOUT, charset='0123456789'), 'digits')).resolve_options(layout='either')
 
 def test_pictures_are_opened_a_batch_at_a_time(monkeypatch):
     opened = []
@@ -379,7 +379,7 @@ def test_it_reads_what_training_reads(weights):
     read = evaluate(model, data.test, CS, torch.device('cpu'), frames=5)
     def run(x):
         with torch.no_grad(): return model.forward_taps(torch.from_numpy(x)).logits.numpy()
-    records = Reader(Network(run, ABOUT, 'weights')).read(f'{drawn()}/test', decoder='greedy', again=0) # one look, as in training
+    records = Reader(Network(run, ABOUT, 'weights')).read(f'{drawn()}/test', decoder='greedy', tta_below=0) # one look, as in training
     assert {Path(r.path).name: r.text for r in records} == {p.key: p.pred for p in read} and any(p.pred for p in read)
 
 def test_training_leaves_temperatures(tmp_path):
