@@ -201,16 +201,16 @@ def config_fields():
 
 
 AT_MOST = { # what is measured -> (how many at most, what is counted)
-    'tokens': (139_700, lambda: sum(tokens().values())),
-    'non-blank lines': (10_300, lambda: sum(bool(l.strip()) for p in FILES for l in p.read_text().splitlines())),
-    'lines over 120 characters': (1490, long_lines),
-    'public names': (805, public_names),
-    'public names in two modules': (18, lambda: [f'{n}: {", ".join(ps)}' for n, ps in public_names().items() if len(ps) > 1]),
+    'tokens': (135_100, lambda: sum(tokens().values())),
+    'non-blank lines': (10_310, lambda: sum(bool(l.strip()) for p in FILES for l in p.read_text().splitlines())),
+    'lines over 120 characters': (1165, long_lines),
+    'public names': (682, public_names),
+    'public names in two modules': (13, lambda: [f'{n}: {", ".join(ps)}' for n, ps in public_names().items() if len(ps) > 1]),
     'modules at the root': (8, lambda: [p.name for p in LIB.glob('*.py') if p.name != '_modidx.py']),
-    'exports without a lesson': (138, without_lesson),
+    'exports without a lesson': (104, without_lesson),
     'config fields': (58, config_fields),
-    'library notebooks with fewer than 2 words of prose per code line': (18, lambda: [n.stem for n in LIBRARY if prose(n) < 2]),
-    'README words': (2619, lambda: (ROOT/'README.md').read_text().split()),
+    'library notebooks with fewer than 2 words of prose per code line': (20, lambda: [n.stem for n in LIBRARY if prose(n) < 2]),
+    'README words': (2613, lambda: (ROOT/'README.md').read_text().split()),
 }
 
 
@@ -226,10 +226,10 @@ def test_sizes(what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('nb', LIBRARY, ids=lambda p: p.stem)
-def test_library_notebooks_run(nb, tmp_path):
+@pytest.mark.parametrize('nb', [NBS/'00_tour.ipynb', *LIBRARY], ids=lambda p: p.stem)
+def test_lessons_run(nb, tmp_path):
     "Every lesson holds, from a clean kernel."
-    NotebookClient(nbformat.read(nb, 4), timeout=120, kernel_name='python3',
+    NotebookClient(nbformat.read(nb, 4), timeout=300, kernel_name='python3',
                    resources={'metadata': {'path': str(tmp_path)}}).execute()
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -17,7 +16,7 @@ from kdocr.training import launch
 from kdocr.jobs import notebooks
 from kdocr.cli import main
 from kdocr.core import KdocrError, TemporaryFailure, Stopped, read_json
-from kdocr.training.launch import RankKilled, check_ranks, explain_exit, train_ranks
+from kdocr.training.launch import RankKilled, RankExit, check_ranks, explain_exit, train_ranks
 from kdocr.jobs.queue import Slot, slots
 from kdocr.jobs.notebooks import how_it_ended, read_status
 from kdocr.training.run_folder import RunFolder, load_checkpoint
@@ -31,7 +30,7 @@ TRAIN = dict(mode='teacher', steps=40, checkpoint_every=4, eval_every=16, log_ev
     (16, {}, 'batch_size 8 has no equal shares for 16 ranks; take 16'), (2, dict(device='cuda:0'), "device 'cuda:0': 2 ranks cannot share it"), (2, dict(device='cuda'), "device 'cuda': no GPU for rank 1 of this machine, which has 1; 1 rank will do"),
     (4, dict(device='auto'), "device 'auto': no GPU for rank 3 of this machine, which has 1")])
 def test_what_cannot_be_is_refused_before_a_process_starts(tmp_path, monkeypatch, ranks, values, said):
-    monkeypatch.setattr(launch, 'elastic_launch', None)
+    monkeypatch.setattr(launch, 'RankProcesses', None)
     monkeypatch.setattr(launch, 'train_kd', None)
     monkeypatch.setattr(launch.DistContext.device.__globals__['torch'].cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(launch.DistContext.device.__globals__['torch'].cuda, 'is_available', lambda: True)
@@ -46,23 +45,19 @@ def test_what_a_machine_without_a_gpu_can_share(tmp_path, monkeypatch):
     with pytest.raises(KdocrError, match='which has 0; device cpu will do'): check_ranks(small(tmp_path, device='cuda'), 2)
 
 
-def ended(rank, exitcode, message='', when=0):
-    "As torch's launcher reports it: a message in an error file, or none."
-    name = signal.Signals(-exitcode).name if exitcode < 0 else ''
-    return SimpleNamespace(local_rank=rank, exitcode=exitcode, timestamp=when, error_file='a.json' if message else '<N/A>',
-                           message=message or 'it exited', signal_name=lambda: name)
-
-LOST = ended(0, 1, when=2)
+LOST = RankExit(0, 1, 1, 'RuntimeError: Connection closed by peer')
 
 @pytest.mark.parametrize('ends, kind, said', [
-    ([ended(1, -9), LOST], RankKilled, 'x: rank 1 was ended by SIGKILL'), ([ended(0, -11), ended(1, 1, when=1)], RankKilled, 'rank 0 was ended by SIGSEGV'),
-    ([ended(1, 2, 'its memory is full'), ended(0, -6, when=1)], KdocrError, '^its memory is full$'), ([ended(0, 75, 'taken')], TemporaryFailure, '^taken$'),
-    ([ended(0, 2, 'no such folder'), ended(1, 2, 'rank 0: no such folder', 1)], KdocrError, '^no such folder$'), ([LOST, ended(1, 1, when=3)], RuntimeError, 'rank 0: it exited'),
-    ([ended(0, 143, 'stopped by SIGTERM; saved; the same'), ended(1, 143, 'stopped by SIGTERM; saved; the same')], Stopped, '^stopped by SIGTERM; saved; the same$')])
+    ([RankExit(1, -9), LOST], RankKilled, 'x: rank 1 of 2 was ended by SIGKILL'), ([RankExit(0, -11), RankExit(1, 1, 1, 'RuntimeError: lost')], RankKilled, 'rank 0 of 2 was ended by SIGSEGV'),
+    ([RankExit(1, 1, 2, 'its memory is full'), RankExit(0, -6)], KdocrError, '^its memory is full$'), ([RankExit(1, 1, 2, 'rank 0: taken'), RankExit(0, 1, 75, 'taken')], TemporaryFailure, '^taken$'),
+    ([RankExit(1, 1, 2, 'rank 0: no such folder'), RankExit(0, 1, 2, 'no such folder')], KdocrError, '^no such folder$'), ([LOST, RankExit(1, 1, 1, 'no')], RuntimeError, 'rank 0: RuntimeError: Connection'),
+    ([RankExit(0, 1, 143, 'stopped by SIGTERM; saved; the same'), RankExit(1, 1, 143, 'stopped by SIGTERM; saved; the same')], Stopped, '^stopped by SIGTERM; saved; the same$')])
 def test_what_the_ends_of_ranks_mean(ends, kind, said):
-    error = explain_exit({e.local_rank: e for e in ends}, 'x')
-    assert type(error) is kind
-    with pytest.raises(kind, match=said): raise error
+    fault = explain_exit(ends, 'x')
+    assert type(fault) is kind
+    with pytest.raises(kind, match=said): raise fault
+
+def test_when_all_ended_well_there_is_no_fault(): assert explain_exit([RankExit(1, 0, 0), RankExit(0, 0, 0)], 'x') is None
 
 
 def test_a_rank_killed_is_no_fault_of_the_program(tmp_path, capsys):
@@ -105,7 +100,7 @@ def test_a_kernel_that_is_buried_takes_what_it_started_with_it():
 def ranks_of(pid=None):
     "The ranks among the descendants of a process, by number."
     def number(p):
-        try: return p.environ()['RANK'] if 'kdocr.training.command' in p.cmdline() and p.status() != psutil.STATUS_ZOMBIE else None
+        try: return p.environ()['RANK'] if 'kdocr.training.launch' in p.cmdline() and p.status() != psutil.STATUS_ZOMBIE else None
         except (psutil.Error, KeyError): return None
     try: return {int(n): p for p in psutil.Process(pid).children(recursive=True) if (n := number(p)) is not None}
     except psutil.NoSuchProcess: return {}
@@ -142,7 +137,7 @@ def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):
     moments = [(rng.randrange(2), at, rng.uniform(0, .15)) for at in (0, rng.randrange(1, 10))]
     for rank, at, delay in moments:
         killer = killed_at(run, rank, at, delay)
-        with pytest.raises(RankKilled, match=f'rank {rank} was ended by SIGKILL.*the same command goes on'): train_ranks(cfg, 2)
+        with pytest.raises(RankKilled, match=f'rank {rank} of 2 was ended by SIGKILL.*the same command goes on'): train_ranks(cfg, 2)
         killer.join()
         assert not ranks_of() and not run.finished, moments
 
@@ -156,7 +151,7 @@ def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):
         said = caller.communicate(timeout=60)[1]
         ends.append((caller.returncode, read_status(run.path)['state']))
         assert not run.finished and not psutil.wait_procs(ranks.values(), 5)[1], said
-        assert said.splitlines()[-1].startswith('kdocr: ') and dict(rank='was ended by SIGKILL', kernel='its kernel died', runner='stopped by SIGTERM')[victim] in said
+        assert said.splitlines()[-1].startswith('kdocr: ') and dict(rank='of 2 was ended by SIGKILL', kernel='its kernel died', runner='stopped by SIGTERM')[victim] in said
         steps.append(load_checkpoint(run.last)['step'])
     assert ends == [(75, 'rank_killed'), (75, 'dead_kernel'), (143, 'stopped')]
     assert steps[0] % 4 == steps[1] % 4 == 0 and steps[2] >= 18, 'a kill leaves what was saved, a stop saves where it is'
@@ -173,7 +168,7 @@ def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):
 
     before = run.scores.read_bytes(), run.log.path.read_bytes()
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(launch, 'elastic_launch', None)
+        m.setattr(launch, 'RankProcesses', None)
         train_ranks(cfg, 2) # finished: nobody is started
     assert before == (run.scores.read_bytes(), run.log.path.read_bytes())
 
@@ -190,7 +185,7 @@ def test_a_rank_of_a_sweep_that_is_killed_ends_as_if_nothing_had_been(tmp_path, 
     killed_at(runs[hit], rank, at, delay, caller.pid)
     out, err = caller.communicate(timeout=240)
     assert caller.returncode == 0, err
-    assert out.count('running, try 2') == 1 and f'{hit}: running, try 2' in out and f'rank {rank} was ended by SIGKILL' in out, (moment, out)
+    assert out.count('running, try 2') == 1 and f'{hit}: running, try 2' in out and f'rank {rank} of 2 was ended by SIGKILL' in out, (moment, out)
     assert main(['sweep', str(plan)]) == 0 and '2 of 2 finished' in capsys.readouterr().out
     assert same_end(runs['a'], runs['b']), moment
     for n, run in runs.items():
