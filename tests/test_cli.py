@@ -31,10 +31,10 @@ def test_nothing_heavy_is_imported_for_help():
     assert r.returncode == 0
 
 def test_help_of_run_names_every_shipped_notebook(capsys):
-    from kdocr.jobs.notebooks import shipped_notebooks
+    from kdocr.jobs.notebooks import _shipped_notebooks
     with pytest.raises(SystemExit): parser().parse_args(['run', '--help'])
     said = capsys.readouterr().out
-    assert set(shipped_notebooks()) <= set(re.findall(r'\w+', said))
+    assert set(_shipped_notebooks()) <= set(re.findall(r'\w+', said))
 
 def test_run_lists_parameters(capsys):
     assert main(['run', 'train_kd', '--parameters']) == 0

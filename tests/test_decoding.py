@@ -5,7 +5,7 @@ import pytest
 from kdocr.charset import Charset, fits, min_steps
 from kdocr.core import KdocrError
 from kdocr.decoding import (DECODERS, beam, constrained, decode, fit_temperature, grammar, greedy, log_mass,
-                            log_prob, log_softmax, nll, sum_frames, vote_frames, reading_of)
+                            _log_prob, log_softmax, _nll, sum_frames, vote_frames, reading_of)
 
 SMALL, CS = Charset('AB01'), Charset()
 TEXTS = [''.join(x) for n in range(6) for x in itertools.product(SMALL.chars, repeat=n) if min_steps(x) <= 5]
@@ -14,7 +14,7 @@ SPREADS = [0, .5, 1, 3, 20, 400] # of the logits: from no idea to certainty, and
 
 def lattice(b, t, c, spread, seed=0): return log_softmax(spread*np.random.default_rng(seed).normal(size=(b, t, c)))
 
-def truth(lp, texts, charset=SMALL): return np.stack([log_prob(lp, [x]*len(lp), charset) for x in texts], 1)
+def truth(lp, texts, charset=SMALL): return np.stack([_log_prob(lp, [x]*len(lp), charset) for x in texts], 1)
 
 
 @pytest.mark.parametrize('spread', [1, 5, 50])
@@ -24,13 +24,13 @@ def test_probability_of_a_text_is_that_of_the_lattice(spread):
     rng = np.random.default_rng(1)
     texts = ['', 'A', 'AAB1122', 'AAAAAAAA', *(''.join(rng.choice(list(CS.chars), 7)) for _ in range(20))]
     logits = spread*rng.normal(size=(len(texts), 16, 37))
-    np.testing.assert_allclose(log_prob(log_softmax(logits), texts, CS), log_likelihood(torch.tensor(logits), texts, CS).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(_log_prob(log_softmax(logits), texts, CS), log_likelihood(torch.tensor(logits), texts, CS).numpy(), rtol=1e-12)
 
 def test_probabilities_of_all_texts_sum_to_one():
     np.testing.assert_allclose(np.exp(truth(lattice(30, 5, 5, 2), TEXTS)).sum(1), 1, rtol=1e-12)
 
 def test_a_text_that_needs_more_steps_is_impossible():
-    assert log_prob(lattice(2, 5, 5, 1), ['AAA', 'AAAA'], SMALL)[1] == -np.inf
+    assert _log_prob(lattice(2, 5, 5, 1), ['AAA', 'AAAA'], SMALL)[1] == -np.inf
 
 @pytest.mark.parametrize('spread', SPREADS)
 @pytest.mark.parametrize('layout', ['LLD', 'LDL', 'L?D', 'LD|LLD', '?|??|???', '[A0]?', 'LLL', 'LL|L?|?[B-B]', 'DDLL'])
@@ -39,7 +39,7 @@ def test_constrained_finds_the_best_that_fits(layout, spread):
     fit = [x for x in TEXTS if SMALL.encode(x) in g]
     every, read = truth(lp, fit), constrained(lp, SMALL, layout, nodes=np.inf)
     assert set(read) <= set(fit)
-    np.testing.assert_allclose(log_prob(lp, read, SMALL), every.max(1), atol=1e-9)
+    np.testing.assert_allclose(_log_prob(lp, read, SMALL), every.max(1), atol=1e-9)
     np.testing.assert_allclose(log_mass(lp, g), np.logaddexp.reduce(every, 1), rtol=1e-9, atol=1e-12)
 
 def test_a_silent_network_is_left_in_time():
@@ -48,7 +48,7 @@ def test_a_silent_network_is_left_in_time():
     lp, g = log_softmax(x), grammar('either', CS)
     read = constrained(lp, CS, nodes=50)
     from kdocr.decoding import _ahead
-    assert all(CS.encode(r) in g for r in read) and (_ahead(lp, g)[1] - log_prob(lp, read, CS) < .02).all()
+    assert all(CS.encode(r) in g for r in read) and (_ahead(lp, g)[1] - _log_prob(lp, read, CS) < .02).all()
 
 def test_neighbours_alike_need_a_blank():
     "A alone for five steps is one A, however long: `LL` must be told apart by a blank, and pays for it."
@@ -57,7 +57,7 @@ def test_neighbours_alike_need_a_blank():
     assert greedy(lp, SMALL) == ['A'] and constrained(lp, SMALL, 'L') == ['A']
     fit = ['AA', 'AB', 'BA', 'BB']
     assert constrained(lp, SMALL, 'LL') == [fit[truth(lp, fit).argmax()]]
-    assert log_prob(lp, ['AA'], SMALL) < log_prob(lp, ['A'], SMALL) - 5
+    assert _log_prob(lp, ['AA'], SMALL) < _log_prob(lp, ['A'], SMALL) - 5
 
 def test_grammar_knows_the_layouts():
     g, rng = grammar('either', CS), np.random.default_rng(0)
@@ -71,8 +71,8 @@ def test_every_constrained_reading_is_a_plate(spread):
 
 def test_constrained_is_the_union_of_its_patterns():
     lp = lattice(20, 16, 37, 2)
-    each = [log_prob(lp, constrained(lp, CS, x), CS) for x in ('Brazilian', 'Mercosur')]
-    np.testing.assert_allclose(log_prob(lp, constrained(lp, CS), CS), np.maximum(*each), atol=1e-9)
+    each = [_log_prob(lp, constrained(lp, CS, x), CS) for x in ('Brazilian', 'Mercosur')]
+    np.testing.assert_allclose(_log_prob(lp, constrained(lp, CS), CS), np.maximum(*each), atol=1e-9)
 
 def test_a_batch_reads_as_its_rows_do():
     lp = lattice(12, 16, 37, 3)
@@ -81,12 +81,12 @@ def test_a_batch_reads_as_its_rows_do():
 @pytest.mark.parametrize('spread', [.5, 2, 8])
 def test_a_wide_beam_finds_the_best(spread):
     lp = lattice(10, 4, 5, spread)
-    np.testing.assert_allclose(log_prob(lp, beam(lp, SMALL, 120), SMALL), truth(lp, [x for x in TEXTS if min_steps(x) <= 4]).max(1), atol=1e-9)
+    np.testing.assert_allclose(_log_prob(lp, beam(lp, SMALL, 120), SMALL), truth(lp, [x for x in TEXTS if min_steps(x) <= 4]).max(1), atol=1e-9)
 
 def test_a_wider_beam_finds_more():
     "Over many lattices a wider beam finds more probable texts; of width 10 most of the best."
     lp = lattice(200, 5, 5, 1)
-    found = [(log_prob(lp, beam(lp, SMALL, w), SMALL) > truth(lp, TEXTS).max(1) - 1e-9).mean() for w in (1, 3, 10)]
+    found = [(_log_prob(lp, beam(lp, SMALL, w), SMALL) > truth(lp, TEXTS).max(1) - 1e-9).mean() for w in (1, 3, 10)]
     assert found[0] < found[1] < found[2] and found[2] > .7
 
 def test_greedy_is_what_training_reads():
@@ -101,7 +101,7 @@ def test_confidences_are_shares_of_what_could_stand_there(layout):
     texts = constrained(lp, SMALL, layout) if layout else ['A0B', 'AAB', '0', '', 'BB', '0000']
     fit = lambda x: g is None or SMALL.encode(x) in g
     for i, r in enumerate(reading_of(lp, texts, SMALL, layout)):
-        p = lambda x: float(np.exp(log_prob(lp[i:i + 1], [x], SMALL)[0])) if fit(x) else 0.
+        p = lambda x: float(np.exp(_log_prob(lp[i:i + 1], [x], SMALL)[0])) if fit(x) else 0.
         assert r.confidence == pytest.approx(p(r.text)/(np.exp(log_mass(lp[i:i + 1], g)[0]) if g else 1), rel=1e-9)
         for k, share in enumerate(r.char_confidence):
             assert share == pytest.approx(p(r.text)/sum(p(r.text[:k] + c + r.text[k + 1:]) for c in SMALL.chars), rel=1e-9)
@@ -139,7 +139,7 @@ def test_temperature_is_found(layout):
     texts = [fit[rng.choice(len(fit), p=row/row.sum())] for row in p]
     found = fit_temperature(log_softmax(2.5*lp), texts, SMALL, layout)
     assert found == pytest.approx(2.5, rel=.12)
-    assert nll(log_softmax(2.5*lp), texts, SMALL, layout, found) <= nll(lp, texts, SMALL, layout) + 1e-3
+    assert _nll(log_softmax(2.5*lp), texts, SMALL, layout, found) <= _nll(lp, texts, SMALL, layout) + 1e-3
 
 def test_temperature_passes_over_what_cannot_be_said():
     lp = lattice(3, 5, 5, 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linear_cka', 'hsic', 'cka_matrix', 'cosine_by_position', 'relative_mse', 'error_by_position', 'attention_map',
-           'channel_norms', 'dead_channels', 'PcaRgb', 'pca_rgb', 'Spikes', 'spikes', 'frame_agreement', 'entropy']
+           'channel_norms', 'dead_channels', 'PcaRgb', 'pca_rgb', 'spikes', 'frame_agreement', 'entropy']
 
 # %% ../../nbs/distill/33_similarity.ipynb #0002
 from typing import NamedTuple
@@ -120,15 +120,15 @@ def pca_rgb(teacher:Tensor # (n,t,d), n*t >= 4
     return PcaRgb(x.mean(0), v, low, high.maximum(low + 1e-6), (sv[:3].square().sum()/sv.square().sum()).item())
 
 # %% ../../nbs/distill/33_similarity.ipynb #0017
-class Spikes(NamedTuple):
+class _Spikes(NamedTuple):
     "What is said at each step."
     ids:Tensor   # (b,t) the best class, 0 = blank
     probs:Tensor # (b,t) its probability
 
-def spikes(logits:Tensor) -> Spikes: # (b,t,c) raw
+def spikes(logits:Tensor) -> _Spikes: # (b,t,c) raw
     "The best class of each step and its probability."
     probs, ids = logits.detach().float().softmax(-1).max(-1)
-    return Spikes(ids, probs)
+    return _Spikes(ids, probs)
 
 def frame_agreement(s:Tensor, t:Tensor, # (b,t,c) logits of student and teacher
                    ) -> dict[str, float|None]:

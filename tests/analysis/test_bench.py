@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kdocr.data.augment import apply_light, draw_geometry, draw_light, warp
-from kdocr.analysis.bench import (_COMPARED, PlainPairs, Sizes, _anonymous, _apart, _inputs, _plain_loader,
-                                  _plan, _row, _trainer, _training, _turn, bench, bench_configs, in_turns, multiply,
-                                  plain_loss, plain_steps, plot_bench, ratios, summary, table_text)
+from kdocr.analysis.bench import (_COMPARED, _PlainPairs, Sizes, _anonymous, _apart, _inputs, _plain_loader, _plan,
+                                  _row, _trainer, _training, _turn, bench, _bench_configs, _in_turns, _multiply,
+                                  _plain_loss, _plain_steps, plot_bench, ratios, summary, table_text)
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
 from kdocr.distill.ctc import ctc_loss
@@ -37,7 +37,7 @@ def rows(measure, unit='tracks/s', **arms): return [_row(measure, a, r, v, unit,
 
 def test_arms_take_turns_in_a_rotating_order_and_the_first_round_is_thrown_away():
     seen = []
-    kept = list(in_turns({a: lambda a=a: seen.append(a) or a.upper() for a in 'abc'}, 3))
+    kept = list(_in_turns({a: lambda a=a: seen.append(a) or a.upper() for a in 'abc'}, 3))
     assert len(seen) == 12 and [a for _, a, _ in kept] == seen[3:] == list('abcbcacab')
     assert [r for r, _, _ in kept] == [0] * 3 + [1] * 3 + [2] * 3 and all(v == a.upper() for _, a, v in kept)
 
@@ -69,17 +69,17 @@ def test_the_table_names_the_machine_and_every_arm_and_the_figure_draws_without_
 
 
 def test_the_plain_loader_sees_what_the_pack_holds(place):
-    cfg = bench_configs(place, frames=5, aug_strength=0.)['live teacher']
+    cfg = _bench_configs(place, frames=5, aug_strength=0.)['live teacher']
     data, tracks = open_data(cfg), {t.key: t for t in index_data(place/'plates').train}
-    files = PlainPairs([tracks[k] for k in data.train.keys], cfg, train=False)
+    files = _PlainPairs([tracks[k] for k in data.train.keys], cfg, train=False)
     batch = data.train.batch(torch.arange(len(data.train)), frames=5)
     for i in range(len(files)):
         assert torch.equal(files[i]['images'], batch.images[i]) and torch.equal(files[i]['clean_hr'], batch.clean_hr[i]) and files[i]['texts'] == batch.texts[i]
 
 def test_the_plain_loader_draws_frames_and_moves_the_pair_together(place):
-    cfg = bench_configs(place, aug_strength=0.)['live teacher']
+    cfg = _bench_configs(place, aug_strength=0.)['live teacher']
     track = index_data(place/'plates').train[:1]
-    still, moved = PlainPairs(track, cfg), PlainPairs(track, cfg.model_copy(update=dict(aug_strength=1.)))
+    still, moved = _PlainPairs(track, cfg), _PlainPairs(track, cfg.model_copy(update=dict(aug_strength=1.)))
     drawn = {still[0]['images'].sum().item() for _ in range(40)}
     assert 2 <= len(drawn) <= 5
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_the_plain_loader_draws_frames_and_moves_the_pair_together(place):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_pass_has_as_many_batches_as_asked(place, workers):
-    cfg = bench_configs(place, batch_size=8)['CTC']
+    cfg = _bench_configs(place, batch_size=8)['CTC']
     data = open_data(cfg)
     loader = _plain_loader(cfg, data, 5, workers, pairs=False)
     for _ in range(2): assert [(b['images'].shape, len(b['texts'])) for b in loader] == [((8, 1, 3, 32, 128), 8)] * 5 # 40 of 24 tracks
@@ -102,8 +102,8 @@ def test_the_plain_step_is_ours_written_out(place):
     logits, texts = torch.randn(4, 16, 37, generator=torch.Generator().manual_seed(0)), ['ABC1234', 'AAB0C11', 'XYZ9Z99', 'BRA2E19']
     class Given(torch.nn.Linear):
         def forward_taps(self, x): return SimpleNamespace(logits=logits)
-    cfgs = bench_configs(place, batch_size=4, steps=3, aug_strength=0.)
-    assert torch.allclose(plain_loss(dict(images=logits, texts=texts), cfgs['CTC'], Given(1, 1)), ctc_loss(logits, texts, Charset()), atol=1e-5)
+    cfgs = _bench_configs(place, batch_size=4, steps=3, aug_strength=0.)
+    assert torch.allclose(_plain_loss(dict(images=logits, texts=texts), cfgs['CTC'], Given(1, 1)), ctc_loss(logits, texts, Charset()), atol=1e-5)
     cfg = cfgs['live teacher']
     data = open_data(cfg)
     ours = _trainer(cfg, data)
@@ -112,14 +112,14 @@ def test_the_plain_step_is_ours_written_out(place):
     batch = ours.batch(0)
     ours.model.train(), student.train()
     project = new_projections(cfg, student, teacher, cfg.distill_taps)
-    with torch.no_grad(): a, b = ours.losses(batch)['loss'], plain_loss(dict(images=batch.images, clean_hr=batch.clean_hr, texts=batch.texts), cfg, student, teacher, project)
+    with torch.no_grad(): a, b = ours.losses(batch)['loss'], _plain_loss(dict(images=batch.images, clean_hr=batch.clean_hr, texts=batch.texts), cfg, student, teacher, project)
     assert torch.allclose(a, b, rtol=1e-4)
     before = student.state_dict()['head.weight'].clone()
-    assert len(list(plain_steps(cfg, _plain_loader(cfg, data, 2), student, teacher))) == 3 and not torch.equal(before, student.state_dict()['head.weight'])
+    assert len(list(_plain_steps(cfg, _plain_loader(cfg, data, 2), student, teacher))) == 3 and not torch.equal(before, student.state_dict()['head.weight'])
     assert not any(p.requires_grad for p in teacher.parameters())
 
 def test_random_teacher_weights_belong_to_this_split_and_never_overwrite(place):
-    cfg = bench_configs(place, batch_size=4)['live teacher']
+    cfg = _bench_configs(place, batch_size=4)['live teacher']
     data = open_data(cfg)
     _trainer(cfg, data)
     stamp = cfg.teacher_checkpoint.stat().st_mtime_ns
@@ -129,18 +129,18 @@ def test_random_teacher_weights_belong_to_this_split_and_never_overwrite(place):
 
 def test_many_tracks_out_of_few(place, tmp_path, capsys):
     n = len(index_data(place/'plates').train)
-    found = check(multiply(place/'plates', tmp_path/'many', 2 * n + 3))
+    found = check(_multiply(place/'plates', tmp_path/'many', 2 * n + 3))
     assert len(found.index.train) == 2 * n + 3 and not found.faults and len({t.text for t in found.index.train}) == n
     a, b = found.index.train[0], index_data(place/'plates').train[0]
     assert any(p.samefile(q) for p in a.lr for t in index_data(place/'plates').train for q in t.lr) and a.scenario == b.scenario
     assert [p.name for p in tmp_path.iterdir()] == ['many']
 
 def test_multiply_says_what_is_wrong(place, tmp_path):
-    multiply(place/'plates', tmp_path/'many', 2)
-    with pytest.raises(KdocrError, match='many: .*must be new'): multiply(place/'plates', tmp_path/'many', 2)
+    _multiply(place/'plates', tmp_path/'many', 2)
+    with pytest.raises(KdocrError, match='many: .*must be new'): _multiply(place/'plates', tmp_path/'many', 2)
     (tmp_path/'test/track_00001').mkdir(parents=True)
     for i in range(1, 6): (tmp_path/f'test/track_00001/lr-00{i}.png').write_bytes(b'x')
-    with pytest.raises(KdocrError, match='no training tracks'): multiply(tmp_path/'test', tmp_path/'none', 2)
+    with pytest.raises(KdocrError, match='no training tracks'): _multiply(tmp_path/'test', tmp_path/'none', 2)
 
 def test_rows_of_every_kind(place):
     got = _inputs(place, 2, 2, [0], 8, 'cpu') + _training(place, 2, 1, TRAINED, ['live teacher'], device='cpu', batch_size=8)

@@ -9,10 +9,10 @@ from kdocr.core import KdocrError, read_json, write_json
 from kdocr.config import Config, uses_teacher
 from kdocr.metrics import Prediction
 from kdocr.training.run_folder import RunFolder
-from kdocr.analysis.compare import (DISTILLATION, METHOD, ONE_SEED, Interval, Run, alignment_table, arms_table,
-                                    bootstrap_difference, compare_runs, comparison, comparisons, control_of, data_of,
-                                    find_runs, finished_runs, group_arms, judge, run_labels, mcnemar, paired,
-                                    read_log, read_run, runs_to_read, t_interval, term_shares, verdict)
+from kdocr.analysis.compare import (_DISTILLATION, _METHOD, _ONE_SEED, Interval, Run, alignment_table, arms_table,
+                                    bootstrap_difference, compare_runs, _comparison, comparisons, control_of,
+                                    data_of, find_runs, _finished_runs, group_arms, _judge, run_labels, mcnemar,
+                                    paired, read_log, read_run, runs_to_read, t_interval, term_shares, verdict)
 
 
 def rows(right, n=100):
@@ -65,7 +65,7 @@ def test_labels_say_what_differs_and_no_more():
 @pytest.mark.parametrize('right, points', [(80, '+20.0'), (61, '+1.0'), (40, '-20.0')])
 def test_one_seed_never_wins(right, points):
     said = verdict([student('c', 60, distill_weight=0), student('d', right)])
-    assert f'not enough seeds to say (1 of 3); these weights read {points} points' in said[1] and 'McNemar p' in said[1] and said[-1] == ONE_SEED
+    assert f'not enough seeds to say (1 of 3); these weights read {points} points' in said[1] and 'McNemar p' in said[1] and said[-1] == _ONE_SEED
     assert not any('better than' in s or 'worse than' in s for s in said)
     assert said[0].startswith(f'Best of 2 students on 100 held-out low-resolution tracks: random init, {"distilled" if right > 60 else "control"}')
 
@@ -73,13 +73,13 @@ def test_one_seed_never_wins(right, points):
                                           ((50, 48, 53), 'soft: worse than its control ctc, -9.7 points'), ((90, 59, 61), 'soft: no certain difference'), ((70, 69), 'soft against ctc: not enough seeds to say (2 of 3)')])
 def test_verdict_over_seeds(right, words):
     said = verdict(CTC + arm_of('soft', right, control='ctc'))
-    assert words in said[1] and METHOD in said and 'McNemar' not in ' '.join(said)
+    assert words in said[1] and _METHOD in said and 'McNemar' not in ' '.join(said)
 
 def test_better_needs_both_intervals():
     sure, unsure = Interval(1, .5, 1.5), Interval(1, -.5, 2.5)
-    assert [judge(3, *x) for x in ((sure, sure), (sure, unsure), (unsure, sure))] == ['better', 'no certain difference', 'no certain difference']
+    assert [_judge(3, *x) for x in ((sure, sure), (sure, unsure), (unsure, sure))] == ['better', 'no certain difference', 'no certain difference']
     low, touching = Interval(-1, -1.5, -.5), Interval(.5, 0, 1)
-    assert judge(5, low, low) == 'worse' and judge(3, touching, sure) == 'no certain difference' and judge(2, sure, sure) == 'not enough seeds to say'
+    assert _judge(5, low, low) == 'worse' and _judge(3, touching, sure) == 'no certain difference' and _judge(2, sure, sure) == 'not enough seeds to say'
 
 def test_t_interval_by_hand():
     m, lo, hi = t_interval([1, 2, 4])
@@ -147,7 +147,7 @@ def test_a_named_control_is_checked(kw, said):
 def test_distillations_own_settings_need_not_agree():
     own = dict(distill_weight=.5, distill_taps='logits', distill_terms='kl', grad_balance=1., grad_log_every=9, mutual_weight=1., clean_hr_guided=False, model_type='restran', teacher_cache='off', teacher_precision='fp32',
                unlabelled='distill', pseudo_label_conf=.5)
-    assert own.keys() == set(DISTILLATION)
+    assert own.keys() == set(_DISTILLATION)
     got = comparisons(CTC + arm_of('all', (70, 70, 70), **own))
     assert (got.control[0], got.seeds[0]) == ('ctc', [0, 1, 2])
 
@@ -192,12 +192,12 @@ def test_a_teacher_is_listed_and_not_compared():
 
 def test_json_holds_what_a_paper_needs():
     text, kept, gains = compare_runs(CTC + SOFT[:2] + arm_of('bare', (50,), steps=9))
-    assert json.loads(json.dumps(kept, allow_nan=False)) == kept == comparison(CTC + SOFT[:2] + arm_of('bare', (50,), steps=9))
+    assert json.loads(json.dumps(kept, allow_nan=False)) == kept == _comparison(CTC + SOFT[:2] + arm_of('bare', (50,), steps=9))
     assert [a['arm'] for a in kept['arms']] == ['soft', 'ctc', 'bare'] and [a['gain'] for a in kept['arms']] == ['+10.5', 'control', 'no control']
     assert [(r['seed'], r['exact']) for r in kept['arms'][1]['runs']] == [(0, .6), (1, .58), (2, .62)] and kept['arms'][0]['settings']['distill_terms'] == ['kl']
     g = kept['gains'][0]
     assert g['each'] == pytest.approx([.1, .11]) and g['lo'] < g['mean'] < g['hi'] and g['t_lo'] < g['lo'] and g['judged'] == 'not enough seeds to say'
-    assert (kept['method']['draws'], kept['method']['seed'], kept['tracks']) == (4000, 0, 100) and 'Owen 2007' in kept['method']['bootstrap'] and METHOD in kept['warnings']
+    assert (kept['method']['draws'], kept['method']['seed'], kept['tracks']) == (4000, 0, 100) and 'Owen 2007' in kept['method']['bootstrap'] and _METHOD in kept['warnings']
     assert kept['no_control'] == {'bare': 'no run without distillation shares its other settings'}
     assert text.splitlines()[1].startswith('soft') and list(gains.arm) == ['soft']
 
@@ -217,7 +217,7 @@ def test_reading_run_folders(tmp_path, capsys):
     run.log.add([dict(step=1, ctc=2.)])
     run.finish({'val': rows(3, 5)})
     assert read_run(run.path).preds == rows(3, 5) and read_log(run.path).ctc.tolist() == [2.]
-    assert finished_runs(tmp_path) == runs_to_read([], tmp_path) == [run.path]
+    assert _finished_runs(tmp_path) == runs_to_read([], tmp_path) == [run.path]
     assert find_runs([tmp_path]) == ([run.path], [])
     begun = RunFolder(tmp_path/'begun'); begun.claim(Config(name='begun', out=tmp_path), {}, {})
     assert find_runs([tmp_path]) == ([run.path], [begun.path]) == find_runs([run.path, begun.path])
@@ -236,7 +236,7 @@ def trained(tmp_path_factory):
     return out
 
 def test_alignment_beside_accuracy(trained):
-    runs = [read_run(p) for p in finished_runs(trained)]
+    runs = [read_run(p) for p in _finished_runs(trained)]
     frame, missing = alignment_table(runs, tracks=6)
     assert not missing and len(frame) == 9 and set(frame.tap) == {'backbone_out', 'transformer_out', 'logits'} and frame.cka.between(-.5, 1).all() and (frame.n == 4).all()
     assert frame.groupby('arm').control.first().to_dict() == dict(ctc=True, mse=False, other=False)

@@ -12,7 +12,7 @@ from kdocr.config import Config, save_config
 from kdocr.charset import DEFAULT_CHARS
 from kdocr.analysis.figures import TERM_STYLES, loss_terms, use_style, wrapped
 from kdocr.analysis.probe import each, probe
-from kdocr.analysis.curves import (Curve, CurveArm, QUANTITIES, _EXTRA_COLOURS, _over_seeds, _smoothing, arms_of,
+from kdocr.analysis.curves import (_Curve, CurveArm, QUANTITIES, _EXTRA_COLOURS, _over_seeds, _smoothing, arms_of,
                                    column, legend_of, plot_runs, plot_terms, read_curve, run_styles, series,
                                    unique_labels)
 
@@ -87,7 +87,7 @@ def test_seeds_become_a_mean_in_its_range():
 
 def test_arms_join_seeds(log):
     cfgs = [Config(mode='student', teacher_checkpoint='t', seed=s, distill_weight=w) for s, w in ((0, 1), (1, 1), (0, 0))]
-    arms = arms_of([Curve(Path(f'r{i}'), c, log, True) for i, c in enumerate(cfgs)])
+    arms = arms_of([_Curve(Path(f'r{i}'), c, log, True) for i, c in enumerate(cfgs)])
     assert [(a.label, len(a.logs)) for a in arms] == [('random init, distilled, 2 seeds', 2), ('random init, control', 1)]
 
 @pytest.mark.parametrize('what, drawn', [('raw', 4), ('weighted', 4), ('share', 4), ('grad', 2), ('cosine', 1)])

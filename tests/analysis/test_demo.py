@@ -5,7 +5,7 @@ import pytest
 from kdocr.core import KdocrError, read_json
 from kdocr.config import make_config
 from kdocr.analysis.compare import control_of, read_run
-from kdocr.analysis.demo import FULL_DEMO, QUICK_DEMO, claim_folder, demo_jobs
+from kdocr.analysis.demo import _FULL_DEMO, _QUICK_DEMO, _claim_folder, _demo_jobs
 from kdocr.jobs.queue import Job, Tail, run_jobs
 
 NAMES = ['teacher', 'random_control', 'random_distilled', 'warm_control', 'warm_distilled']
@@ -25,9 +25,9 @@ def job(out, name, needs=None, steps=5, **kw): return Job(name, steps, dict(out=
 def starts(folder): return sorted(float(p.name.split()[1]) for p in folder.glob('started *'))
 
 
-@pytest.mark.parametrize('plan', [FULL_DEMO, QUICK_DEMO])
+@pytest.mark.parametrize('plan', [_FULL_DEMO, _QUICK_DEMO])
 def test_five_arms_that_differ_in_two_things(plan, tmp_path):
-    made = demo_jobs(tmp_path, tmp_path/'data', plan)
+    made = _demo_jobs(tmp_path, tmp_path/'data', plan)
     cfgs = {j.name: make_config(j.params) for j in made}
     assert list(cfgs) == NAMES and [j.needs for j in made] == [None, None, 'teacher', 'teacher', 'teacher']
     students = [c.model_dump(exclude={'name', 'student_init', 'distill_weight', 'teacher_checkpoint'}) for c in cfgs.values() if c.mode == 'student']
@@ -54,9 +54,9 @@ def test_a_failing_job_stops_the_rest(counting, tmp_path):
     assert not (tmp_path/'never').exists() and not (tmp_path/'long/scores.json').exists()
 
 def test_a_folder_belongs_to_one_demo(tmp_path):
-    claim_folder(tmp_path, dict(quick=True))
-    claim_folder(tmp_path, dict(quick=True))
-    with pytest.raises(KdocrError, match='quick is True there and False here'): claim_folder(tmp_path, dict(quick=False))
+    _claim_folder(tmp_path, dict(quick=True))
+    _claim_folder(tmp_path, dict(quick=True))
+    with pytest.raises(KdocrError, match='quick is True there and False here'): _claim_folder(tmp_path, dict(quick=False))
 
 
 @pytest.mark.slow

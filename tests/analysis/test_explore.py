@@ -29,11 +29,11 @@ from kdocr.analysis.curves import CurveArm, read_curve, series
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.training.train_kd import new_trainer, train_kd
-from kdocr.analysis.explore import (_CAMERA, _LIGHT, _ALIGNMENT_VIEWS, _Asking, Explorer, Live, _Side, LogReader,
+from kdocr.analysis.explore import (_CAMERA, _LIGHT, _ALIGNMENT_VIEWS, _Asking, _Explorer, _Live, _Side, _LogReader,
                                     _alike, _alignment_figure, _compared, _drawn_conditions, explore_alignment,
-                                    explore_runs, explore_tracks, far_away, _figure, _track_frames, live,
-                                    _live_figure, matching, _open_index, _read_head, _run_paths, _runs_figure,
-                                    _shared_taps, _the_data, tracks_frame, _yardstick)
+                                    explore_runs, explore_tracks, _far_away, _figure, _track_frames, live,
+                                    _live_figure, _matching, _open_index, _read_head, _run_paths, _runs_figure,
+                                    _shared_taps, _the_data, _tracks_frame, _yardstick)
 from small_runs import drawn, small
 
 def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -86,7 +86,7 @@ def counting():
         fig.subplots().plot([0, n], [0, power])
         return fig
     def adapt(c, name): c['n'].value = 3 if name == 'power' else c['n'].value
-    return drawn, Explorer({'first': dict(n=W.IntSlider(1, 0, 20)), 'second': dict(power=W.IntSlider(1, 1, 3))}, draw, adapt, ['left out: x < y'])
+    return drawn, _Explorer({'first': dict(n=W.IntSlider(1, 0, 20)), 'second': dict(power=W.IntSlider(1, 1, 3))}, draw, adapt, ['left out: x < y'])
 
 def test_a_move_draws_once_and_the_plain_picture_follows():
     drawn, ex = counting()
@@ -120,7 +120,7 @@ def test_an_error_is_said_and_the_picture_stays():
 
 def test_a_fault_of_the_program_is_shown_too():
     def draw(n): return _figure(1, 1) if n else 1/0
-    ex = Explorer({'': dict(n=W.IntSlider(1, 0, 3))}, draw)
+    ex = _Explorer({'': dict(n=W.IntSlider(1, 0, 3))}, draw)
     with pytest.raises(ZeroDivisionError): ex['n'].value = 0
     assert 'ZeroDivisionError' in said(ex) and not ex.quiet
 
@@ -140,18 +140,18 @@ def test_controls_and_a_plain_figure_are_displayed_and_only_one_is_seen(monkeypa
 
 def test_a_folder_as_a_frame(competition):
     found, parts = _open_index(competition)
-    f = tracks_frame(found, parts)
+    f = _tracks_frame(found, parts)
     assert f.part.value_counts().to_dict() == dict(train=12, test=3) and f.scenario.value_counts().to_dict() == dict(A=4, B=11)
-    assert f.text[matching(f, scenario='A', layout='Mercosur')].tolist() == ['BRA2E19', 'KDO4C26']
-    assert f.text[matching(f, 'st')].tolist() == ['STU5V67'] and f.text[matching(f, '?V?5*')].tolist() == ['AVL5215'] and f.key[matching(f, 'TRACK_10002')].tolist() == ['track_10002']
-    assert len(matching(f, 'av')) == 1 and not len(matching(f, 'av', part='test')) and len(matching(f)) == 15
+    assert f.text[_matching(f, scenario='A', layout='Mercosur')].tolist() == ['BRA2E19', 'KDO4C26']
+    assert f.text[_matching(f, 'st')].tolist() == ['STU5V67'] and f.text[_matching(f, '?V?5*')].tolist() == ['AVL5215'] and f.key[_matching(f, 'TRACK_10002')].tolist() == ['track_10002']
+    assert len(_matching(f, 'av')) == 1 and not len(_matching(f, 'av', part='test')) and len(_matching(f)) == 15
 
 def test_the_split_is_known_where_there_is_one(results):
     found, parts = _open_index(drawn())
-    assert set(tracks_frame(found, parts).part) == {'train', 'val', 'test'}
+    assert set(_tracks_frame(found, parts).part) == {'train', 'val', 'test'}
     data = open_data(load_config(results/'control/config.yaml'))
-    f = tracks_frame(*_open_index(data))
-    assert set(f.key[f.part == 'val']) == set(data.split.val) and len(tracks_frame(*_open_index(found), )) == len(f)
+    f = _tracks_frame(*_open_index(data))
+    assert set(f.key[f.part == 'val']) == set(data.split.val) and len(_tracks_frame(*_open_index(found), )) == len(f)
 
 def test_what_is_no_data_is_refused(tmp_path):
     with pytest.raises(KdocrError, match='int: tracks are explored in a folder'): _open_index(3)
@@ -197,10 +197,10 @@ def test_sliders_are_the_parameters_of_the_degradation():
 def test_degraded_by_hand(competition):
     hr = _track_frames(index_data(competition).train[0])[1][0]
     v = {k: x[3] for k, x in (_CAMERA | _LIGHT).items()}
-    made = far_away(hr, 'a', 12, v)
-    assert made.shape == (12, 34, 3) and np.array_equal(made, far_away(hr, 'a', 12, v)) and not np.array_equal(made, far_away(hr, 'b', 12, v))
+    made = _far_away(hr, 'a', 12, v)
+    assert made.shape == (12, 34, 3) and np.array_equal(made, _far_away(hr, 'a', 12, v)) and not np.array_equal(made, _far_away(hr, 'b', 12, v))
     clean = v | dict(blur=0., motion=0., contrast=0., sharpen=0., noise=0., quality=98)
-    assert far_away(hr, 'a', 30, clean | dict(exposure=.2)).mean() < .5*far_away(hr, 'a', 30, clean).mean() # darker
+    assert _far_away(hr, 'a', 30, clean | dict(exposure=.2)).mean() < .5*_far_away(hr, 'a', 30, clean).mean() # darker
 
 def test_a_damaged_frame_is_said_and_the_rest_shown(competition):
     track = index_data(competition).train[0]
@@ -363,7 +363,7 @@ def test_a_log_that_cannot_be_read_is_said_when_its_run_is_chosen(results, tmp_p
 def test_what_fails_while_controls_adapt_is_shown():
     def adapt(c, name):
         if name == 'n' and c['n'].value == 2: raise KdocrError('two: it cannot be')
-    ex = explore.Explorer({'': {'n': explore.W.IntSlider(1, 0, 5)}}, lambda n: _figure(2, 1), adapt)
+    ex = explore._Explorer({'': {'n': explore.W.IntSlider(1, 0, 5)}}, lambda n: _figure(2, 1), adapt)
     ex['n'].value = 2
     assert 'two: it cannot be' in said(ex)
     ex['n'].value = 3
@@ -436,7 +436,7 @@ def trainer_of(out, name, results, **kw):
 def test_a_watched_run_is_the_same_run(results, tmp_path, more):
     a, b = (trainer_of(tmp_path, n, results, **more) for n in 'ab')
     a.fit()
-    view = Live(b, tracks=3, share=float('inf'))
+    view = _Live(b, tracks=3, share=float('inf'))
     pictures = [view.explorer.image.value]
     update = view.update
     view.update = lambda: update() or pictures.append(view.explorer.image.value)
@@ -456,7 +456,7 @@ def test_a_watched_run_is_the_same_run(results, tmp_path, more):
     assert view.explorer.image.value != before
 
 def test_drawing_stays_under_its_share_of_the_time(results, tmp_path, monkeypatch):
-    view, now = Live(trainer_of(tmp_path, 'slow', results), tracks=1, share=.1), [100.]
+    view, now = _Live(trainer_of(tmp_path, 'slow', results), tracks=1, share=.1), [100.]
     monkeypatch.setattr(explore, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
     drawn_at, view.last = [], 5.
     def update():
@@ -475,10 +475,10 @@ def test_live_is_fit_with_the_commands_folder(results, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(explore, 'display', lambda what, **kw: shown.append(what))
     run = train_kd(small(tmp_path, name='watched', steps=3, eval_every=3), fit=live)
-    assert run.finished and run.config.is_file() and len(shown) == 1 and isinstance(shown[0], Explorer) and 'step 3 of 3' in words(shown[0].figure())
+    assert run.finished and run.config.is_file() and len(shown) == 1 and isinstance(shown[0], _Explorer) and 'step 3 of 3' in words(shown[0].figure())
 
 def test_a_log_is_read_from_where_it_was_left(tmp_path):
-    tail = LogReader(tmp_path/'log')
+    tail = _LogReader(tmp_path/'log')
     assert tail.read().empty
     (tmp_path/'log').write_text('{"step": 1}\n{"st')
     assert tail.read().step.tolist() == [1]

@@ -6,7 +6,7 @@ from kdocr.core import KdocrError, read_json, write_json
 from kdocr.config import Config
 from kdocr.metrics import Prediction
 from kdocr.training.run_folder import RunFolder
-from kdocr.analysis.report import made_of, readable, summary_html
+from kdocr.analysis.report import _made_of, _readable, _summary_html
 
 FACTS = dict(data_fingerprint='aa', split_hash='bb', torch='2.13')
 
@@ -32,26 +32,26 @@ def results(tmp_path):
     return tmp_path/'results'
 
 def test_what_does_not_fit_is_named_and_the_rest_goes_on(results, tmp_path):
-    runs, said = readable([results, results/'soft_0', results/'junk', tmp_path/'nowhere'])   # a folder of runs, one of them again, and two that are none
+    runs, said = _readable([results, results/'soft_0', results/'junk', tmp_path/'nowhere'])   # a folder of runs, one of them again, and two that are none
     assert [r.path.name for r in runs] == ['ctc_0', 'ctc_1', 'ctc_2', 'soft_0', 'soft_1', 'soft_2']
     for name, why in (('begun', 'not finished'), ('other_data', 'other data'), ('other_tracks', 'other held-out tracks'), ('listed', 'no names and values'), ('damaged', 'not valid YAML'), ('junk', 'not a run folder'), ('nowhere', 'not a run folder')):
         assert sum(f'/{name}' in l and why in l for l in said) == 1, (name, said)
     assert len(said) == 7
 
 def test_nothing_to_report_on_is_an_error(results):
-    with pytest.raises(KdocrError, match='begun: this run is not finished'): readable([results/'begun'])
-    with pytest.raises(KdocrError, match='no run was named'): readable([])
+    with pytest.raises(KdocrError, match='begun: this run is not finished'): _readable([results/'begun'])
+    with pytest.raises(KdocrError, match='no run was named'): _readable([])
 
 def test_the_summary_holds_the_gains_as_a_figure_and_a_number_beside_its_unit(results, tmp_path):
-    runs, _ = readable([results])
-    page = '\n'.join(summary_html(runs, tmp_path/'figures'))
+    runs, _ = _readable([results])
+    page = '\n'.join(_summary_html(runs, tmp_path/'figures'))
     assert {p.name for p in (tmp_path/'figures').iterdir()} == {f'{n}.{k}' for n in ('arms', 'gains') for k in ('png', 'pdf')} and page.count('<img') == 2
     assert page.startswith('<div class=verdict>') and '70.0&nbsp;% exact match' in page and '+10.0&nbsp;points' in page
 
 def test_the_small_print_says_once_what_all_share(results):
-    runs, _ = readable([results])
-    said = made_of(runs)
+    runs, _ = _readable([results])
+    said = _made_of(runs)
     assert said.count('2.13') == 1 and 'All 6 runs: data_fingerprint aa, split_hash bb, torch 2.13.' in said and said.count('<tr') == 7
     write_json(RunFolder(runs[0].path).env, dict(read_json(RunFolder(runs[0].path).env), torch='2.6'))
-    said = made_of(runs)
+    said = _made_of(runs)
     assert said.count('2.13') == 5 and said.count('>2.6<') == 1 and 'All 6 runs: data_fingerprint aa, split_hash bb.' in said

@@ -13,7 +13,7 @@ from kdocr.config import load_config
 from kdocr.core import KdocrError, read_json
 from kdocr.data.batches import open_data
 from kdocr.data.icpr import hidden_folder, check, index_data, make_split, text_faults
-from kdocr.data.pack import open_pack
+from kdocr.data.pack import _open_pack
 from kdocr.training.command import main as train_kd
 
 WORDS = ['ab', 'né', 'ñandú', 'a-b', 'bb', 'ça va', 'été', 'da', 'ébène', 'nu', 'd-é', 'vue']
@@ -200,7 +200,7 @@ def test_check_from_the_command_line(words, capsys):
 def test_teacher_and_student_of_another_charset(words, capsys):
     assert main(['pack', str(words)]) == 0
     pack = next((hidden_folder(words)/'.kdocr').glob('train-*'))
-    assert open_pack(pack).lr.shape == (12, 1, 32, 128, 3)
+    assert _open_pack(pack).lr.shape == (12, 1, 32, 128, 3)
     out = words.parent/'résultats'
     flags = ['--data', str(words), '--charset', str(words.parent/'chars.txt'), '--out', str(out), '--steps', '4', '--batch-size', '4', '--val-frac', '.3', '--eval-every', '2', '--device', 'cpu']
     assert train_kd([*flags, '--mode', 'teacher', '--name', 'lehrer']) == 0

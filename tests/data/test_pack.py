@@ -19,7 +19,7 @@ from conftest import annotate, write_track
 from kdocr.cli import main
 from kdocr.core import KdocrError
 from kdocr.data.icpr import index_data
-from kdocr.data.pack import PACK_VERSION, decode_track, fingerprint, npy_header, open_pack, pack, pack_data
+from kdocr.data.pack import PACK_VERSION, decode_track, _fingerprint, _npy_header, _open_pack, pack, _pack_data
 
 ARRAYS = ('lr', 'hr', 'degraded')
 
@@ -100,9 +100,9 @@ def test_the_same_folder_by_another_path_is_the_same_pack(competition, tmp_path,
 
 
 def test_a_fingerprint_asks_the_disk_for_nothing(tracks, monkeypatch):
-    before = fingerprint(tracks)
+    before = _fingerprint(tracks)
     shutil.rmtree(tracks[0].folder)
-    assert fingerprint(tracks) == before
+    assert _fingerprint(tracks) == before
 
 
 def test_a_picture_that_changes_while_it_is_packed_is_named(competition, tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_a_pack_that_is_not_whole_is_refused_by_name_and_made_again(tracks, tmp_
     pixels, texts = {k: np.array(getattr(good, k)) for k in ARRAYS}, list(good.texts)
     before = (good.folder/name).read_bytes()
     harm(good.folder/name)
-    with pytest.raises(KdocrError, match=said) as e: open_pack(good.folder)
+    with pytest.raises(KdocrError, match=said) as e: _open_pack(good.folder)
     assert str(good.folder) in str(e.value)
     again, _ = pack(tracks, tmp_path/'packs', n_degraded=1)
     assert again.folder == good.folder and again.texts == texts and all(np.array_equal(getattr(again, k), pixels[k]) for k in ARRAYS)
@@ -174,7 +174,7 @@ def test_a_pack_of_another_format_is_never_read(tracks, tmp_path, monkeypatch):
     monkeypatch.setattr(kdocr.data.pack, 'PACK_VERSION', PACK_VERSION - 1)
     old, _ = pack(tracks, tmp_path/'packs')
     monkeypatch.undo()
-    with pytest.raises(KdocrError, match=f'index.json: made with format {PACK_VERSION - 1}, asked is {PACK_VERSION}'): open_pack(old.folder)
+    with pytest.raises(KdocrError, match=f'index.json: made with format {PACK_VERSION - 1}, asked is {PACK_VERSION}'): _open_pack(old.folder)
     new, _ = pack(tracks, tmp_path/'packs')
     assert new.folder != old.folder and folders(tmp_path/'packs') == [new.folder.name], 'it goes, too'
     shutil.rmtree(new.folder)
@@ -188,17 +188,17 @@ def test_a_pack_of_other_data_is_never_read(competition, tracks, tmp_path):
     theirs, _ = pack(index_data(competition).train, tmp_path/'others')
     shutil.rmtree(mine.folder)
     shutil.copytree(theirs.folder, mine.folder) # whole, and by the right name
-    assert open_pack(mine.folder).hr[0, 0].max() == 0
-    with pytest.raises(KdocrError, match='index.json: made with source'): open_pack(mine.folder, source=fingerprint(tracks))
+    assert _open_pack(mine.folder).hr[0, 0].max() == 0
+    with pytest.raises(KdocrError, match='index.json: made with source'): _open_pack(mine.folder, source=_fingerprint(tracks))
     shutil.copytree(theirs.folder, (other := tmp_path/'packs'/theirs.folder.name.replace('32x128', '48x128')))
-    with pytest.raises(KdocrError, match='made with height 32, asked is 48'): open_pack(other, height=48)
+    with pytest.raises(KdocrError, match='made with height 32, asked is 48'): _open_pack(other, height=48)
     again, _ = pack(index_data(competition).train, tmp_path/'packs')
     assert again.hr[0, 0].max() == 0 and again.folder.name == theirs.folder.name and not mine.folder.exists()
 
 
 def test_what_is_no_pack_is_refused_by_name(competition, tmp_path):
     for path in (competition, tmp_path/'nowhere', competition/'test_labels.csv'):
-        with pytest.raises(KdocrError, match=f'{path}: no pack'): open_pack(path)
+        with pytest.raises(KdocrError, match=f'{path}: no pack'): _open_pack(path)
 
 
 # ---------------------------------------------------------------- interrupted, at once, without room
@@ -365,7 +365,7 @@ def test_the_command_packs_what_training_looks_for(competition, capsys, monkeypa
 
 def test_the_command_takes_a_folder_and_a_size(competition, tmp_path, capsys):
     (competition/'test_labels.csv').unlink() # a test part without texts is not packed
-    [p] = pack_data(competition, tmp_path/'packs', height=48, width=96)
+    [p] = _pack_data(competition, tmp_path/'packs', height=48, width=96)
     assert p.lr.shape == (12, 5, 48, 96, 3) and p.folder.parent == tmp_path/'packs' and not (competition/'.kdocr').exists()
     assert capsys.readouterr().out.count('\n') == 1 and (tmp_path/'packs/index.json').is_file()
 

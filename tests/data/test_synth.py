@@ -7,8 +7,8 @@ import pytest
 from kdocr.charset import DEFAULT_CHARS, fits, layout_of
 from kdocr.core import KdocrError, np_rng, read_json, write_json
 from kdocr.data.degrade import degrade, spectrum
-from kdocr.data.plates import PEN, draw_plate, draw_text, font_set, mount, plate_corners, stamp
-from kdocr.data.synth import plan_tracks, synth
+from kdocr.data.plates import _PEN, draw_plate, draw_text, font_set, mount, plate_corners, _stamp
+from kdocr.data.synth import _plan_tracks, synth
 
 TRACKS, TEST, SEED = 90, 30, 11
 
@@ -20,7 +20,7 @@ def contents(root): return {str(p.relative_to(root)): p.read_bytes() for p in so
 def test_two_processes_draw_the_same_bytes(drawn, tmp_path):
     assert contents(synth(tmp_path/'two', TRACKS, TEST, SEED, workers=2)) == contents(drawn)
 
-def test_another_seed_draws_other_plates(): assert not {j.text for j in plan_tracks(200, 50, 0)} & {j.text for j in plan_tracks(200, 50, 1)}
+def test_another_seed_draws_other_plates(): assert not {j.text for j in _plan_tracks(200, 50, 0)} & {j.text for j in _plan_tracks(200, 50, 1)}
 
 def test_variety_draws_the_same_texts_in_other_shapes(drawn, tmp_path):
     wild = synth(tmp_path/'wild', TRACKS, TEST, SEED, variety=1.)
@@ -114,9 +114,9 @@ def test_a_full_disk_names_the_folder_and_can_go_on(tmp_path, monkeypatch, worke
 def _asked():
     from kdocr.core import digest
     from kdocr.data.plates import VARIETY
-    from kdocr.data.synth import DRAWING
+    from kdocr.data.synth import _DRAWING
     files = font_set()
-    return dict(drawing=DRAWING, tracks=120, test=0, seed=0, variety=VARIETY, fonts=digest(*[p.name for p in files], *files), finished=False)
+    return dict(drawing=_DRAWING, tracks=120, test=0, seed=0, variety=VARIETY, fonts=digest(*[p.name for p in files], *files), finished=False)
 
 def test_fonts_of_the_user(tmp_path):
     with pytest.raises(KdocrError, match='no .ttf or .otf'): font_set(tmp_path)
@@ -131,10 +131,10 @@ def test_every_shipped_font_has_its_licence_beside_it():
         assert 'icen' in (p.parent/f'LICENSE-{family}.txt').read_text()
 
 def test_letters():
-    assert set(PEN) == set(DEFAULT_CHARS)
-    masks = {c: cv2.resize(stamp(c, .6, 14, .2), (50, 96)).tobytes() for c in DEFAULT_CHARS if c not in 'O0'}
+    assert set(_PEN) == set(DEFAULT_CHARS)
+    masks = {c: cv2.resize(_stamp(c, .6, 14, .2), (50, 96)).tobytes() for c in DEFAULT_CHARS if c not in 'O0'}
     assert len(set(masks.values())) == 34
-    assert cv2.countNonZero(stamp('Q', .6, 14, .2)) > cv2.countNonZero(stamp('O', .6, 14, .2))
+    assert cv2.countNonZero(_stamp('Q', .6, 14, .2)) > cv2.countNonZero(_stamp('O', .6, 14, .2))
 
 def test_a_plate_depends_on_its_generator_alone():
     for layout in ('Brazilian', 'Mercosur'):

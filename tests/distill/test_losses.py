@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from kdocr.distill.similarity import cosine_by_position, frame_agreement, linear_cka, pca_rgb, relative_mse, spikes
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
-from kdocr.distill.ctc import CtcReading, check_spellable, ctc_loss, greedy
+from kdocr.distill.ctc import _CtcReading, check_spellable, ctc_loss, greedy
 from kdocr.distill.losses import Projections, align_steps, tap_mse, total_loss
 from kdocr.distill.terms import distill_losses as losses_of_terms, parse_terms
 from kdocr.models.taps import TapOut
@@ -71,7 +71,7 @@ def test_greedy_confidence():
     p = lambda z: math.exp(z)/(math.exp(z) + 36)
     r = greedy(logits, CS)[0]
     assert r.text == 'AB' and r.char_confidence == pytest.approx((p(6), p(4))) and r.confidence == pytest.approx((p(6) + p(4))/2)
-    assert greedy(say('--'), CS) == [CtcReading('', 0., ())]
+    assert greedy(say('--'), CS) == [_CtcReading('', 0., ())]
 
 def test_greedy_undoes_what_ctc_teaches():
     x = randn(2, 16, 37).requires_grad_()

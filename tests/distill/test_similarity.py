@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 from kdocr.core import KdocrError
-from kdocr.distill.similarity import attention_map, channel_norms, cka_matrix, cosine_by_position, dead_channels, entropy, error_by_position, linear_cka, relative_mse
+from kdocr.distill.similarity import (attention_map, channel_norms, cka_matrix, cosine_by_position, dead_channels,
+                                      entropy, error_by_position, linear_cka, relative_mse)
 
 
 def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

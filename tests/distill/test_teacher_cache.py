@@ -6,7 +6,7 @@ import numpy as np
 import pytest, torch
 from kdocr.distill import teacher_cache as tapcache
 from kdocr.core import KdocrError
-from kdocr.distill.teacher_cache import taps_dict, spot_checks, tap_cache
+from kdocr.distill.teacher_cache import _taps_dict, _spot_checks, tap_cache
 from kdocr.models.taps import TapOut
 
 N, V, T, WIDTHS = 11, 3, 4, {'logits': 5, 'backbone_out': 7, 'transformer_out': 6}
@@ -24,7 +24,7 @@ class Teacher:
         out = {k: w[rows*V + views].unflatten(1, (T, -1)) for k, w in self.weights.items()} # its picture is the view's number, one-hot
         return TapOut(out.pop('logits'), out)
 
-PROBE = len(spot_checks(N, V)[0])
+PROBE = len(_spot_checks(N, V)[0])
 
 def make(folder, teacher, key=KEY, **kw): return tap_cache(folder, key, N, V, teacher, batch=8, **kw)
 
@@ -36,10 +36,10 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for 
 
 def test_cached_is_live_to_half_precision(tmp_path):
     teacher = Teacher()
-    cache, live = make(tmp_path, teacher), taps_dict(teacher(ROWS, VIEWS))
+    cache, live = make(tmp_path, teacher), _taps_dict(teacher(ROWS, VIEWS))
     g = torch.Generator().manual_seed(0)
     for i in (torch.arange(N*V), torch.randint(N*V, (50,), generator=g), torch.tensor([], dtype=torch.long)): # all, some of them twice, none
-        kept = taps_dict(cache.take(ROWS[i], VIEWS[i]))
+        kept = _taps_dict(cache.take(ROWS[i], VIEWS[i]))
         assert list(kept) == cache.names == list(WIDTHS)
         for k, x in kept.items():
             a = live[k][i]
@@ -54,17 +54,17 @@ def test_rounding_of_a_single_value(tmp_path, value):
     assert abs(got - value) <= 2**-11*abs(value) + 2**-25
 
 def test_reopening_gives_the_same_bits_for_four_views(tmp_path):
-    first, teacher = taps_dict(make(tmp_path, Teacher()).take(ROWS, VIEWS)), Teacher()
+    first, teacher = _taps_dict(make(tmp_path, Teacher()).take(ROWS, VIEWS)), Teacher()
     again = make(tmp_path, teacher, dict(reversed(KEY.items())) | dict(views=((0, 1, 2), 0.5))) # neither order nor tuple matters
-    assert teacher.asked == [PROBE] == [4] and same(taps_dict(again.take(ROWS, VIEWS)), first)
+    assert teacher.asked == [PROBE] == [4] and same(_taps_dict(again.take(ROWS, VIEWS)), first)
 
 def test_a_process_cannot_change_the_file(tmp_path):
     cache = make(tmp_path, Teacher())
-    before = taps_dict(cache.take(ROWS, VIEWS))
+    before = _taps_dict(cache.take(ROWS, VIEWS))
     cache.take(ROWS, VIEWS).logits.zero_()
-    assert same(taps_dict(cache.take(ROWS, VIEWS)), before)
+    assert same(_taps_dict(cache.take(ROWS, VIEWS)), before)
     for x in cache.arrays.values(): x.zero_() # its own private pages
-    assert same(taps_dict(make(tmp_path, Teacher()).take(ROWS, VIEWS)), before)
+    assert same(_taps_dict(make(tmp_path, Teacher()).take(ROWS, VIEWS)), before)
 
 @pytest.mark.parametrize('row, view, says', [(N, 0, f'row 0..{N} of {N}'), (-1, 0, 'row -1..0'), (0, V, f'view 0..{V} of {V}'), (0, -1, 'view -1..0')])
 def test_no_neighbour_for_a_row_or_view_that_does_not_exist(tmp_path, row, view, says):
@@ -73,7 +73,7 @@ def test_no_neighbour_for_a_row_or_view_that_does_not_exist(tmp_path, row, view,
 def test_bf16_taps_are_kept_exactly(tmp_path):
     teacher = Teacher()
     def rough(rows, views): return TapOut(*(o.bfloat16() if torch.is_tensor(o) else {k: x.bfloat16() for k, x in o.items()} for o in teacher(rows, views)))
-    kept, live = taps_dict(make(tmp_path, rough).take(ROWS, VIEWS)), taps_dict(rough(ROWS, VIEWS))
+    kept, live = _taps_dict(make(tmp_path, rough).take(ROWS, VIEWS)), _taps_dict(rough(ROWS, VIEWS))
     for k, x in live.items(): assert x.dtype == torch.bfloat16 and torch.equal(kept[k][x.abs() > 1e-5], x.float()[x.abs() > 1e-5])
 
 @pytest.mark.cuda
@@ -86,8 +86,8 @@ def test_on_a_gpu(tmp_path, monkeypatch, free):
     assert gpu.resident == bool(free)
     for _ in range(20): # pinned buffers come round again
         i = torch.randint(N*V, (50,))
-        got = taps_dict(gpu.take(ROWS[i], VIEWS[i]))
-        assert all(x.is_cuda for x in got.values()) and same({k: x.cpu() for k, x in got.items()}, taps_dict(cpu.take(ROWS[i], VIEWS[i])))
+        got = _taps_dict(gpu.take(ROWS[i], VIEWS[i]))
+        assert all(x.is_cuda for x in got.values()) and same({k: x.cpu() for k, x in got.items()}, _taps_dict(cpu.take(ROWS[i], VIEWS[i])))
 
 # ---- the key
 
@@ -116,9 +116,9 @@ def test_a_key_that_leaves_something_out_is_noticed(tmp_path):
     with pytest.raises(KdocrError, match="tap 'transformer_out' is nan% apart"): make(tmp_path, late)
 
 def test_other_arithmetic_is_no_other_teacher(tmp_path):
-    exact = taps_dict(make(tmp_path, Teacher()).take(ROWS, VIEWS))
+    exact = _taps_dict(make(tmp_path, Teacher()).take(ROWS, VIEWS))
     rough = Teacher(); rough.weights = {k: w.bfloat16().float() for k, w in rough.weights.items()}
-    assert same(taps_dict(make(tmp_path, rough).take(ROWS, VIEWS)), exact)
+    assert same(_taps_dict(make(tmp_path, rough).take(ROWS, VIEWS)), exact)
 
 def test_a_teacher_that_draws_random_numbers_is_refused(tmp_path):
     def drops(rows, views): return TapOut(torch.nn.functional.dropout(torch.ones(len(rows), T, 50)), {})
@@ -143,7 +143,7 @@ DAMAGE = {
     'half an about.json': lambda p: (p/'about.json').write_text((p/'about.json').read_text()[:40]),
     'a list': lambda p: (p/'about.json').write_text('[]'),
     'nothing said': lambda p: (p/'about.json').write_text('{}'),
-    'another format': lambda p: about(p, format=tapcache.CACHE_VERSION + 1),
+    'another format': lambda p: about(p, format=tapcache._CACHE_VERSION + 1),
     'another key': lambda p: about(p, key=KEY | dict(teacher='f'*16)),
     'other shapes': lambda p: about(p, shapes={'logits': [N, V, T, 5]}),
     'no sizes': lambda p: about(p, bytes={}),
@@ -163,13 +163,13 @@ DAMAGE = {
 @pytest.mark.parametrize('harm', DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_cache_is_made_again(tmp_path, harm):
     whole = make(tmp_path, Teacher())
-    good = taps_dict(whole.take(ROWS, VIEWS))
+    good = _taps_dict(whole.take(ROWS, VIEWS))
     good_about = (whole.folder/'about.json').read_bytes()
     harm(whole.folder)
     teacher = Teacher()
     mended = make(tmp_path, teacher)
     assert sum(teacher.asked) == PROBE + N*V and places(tmp_path) == [whole.folder.name]
-    assert same(taps_dict(mended.take(ROWS, VIEWS)), good) and (whole.folder/'about.json').read_bytes() == good_about
+    assert same(_taps_dict(mended.take(ROWS, VIEWS)), good) and (whole.folder/'about.json').read_bytes() == good_about
     teacher.asked.clear(); make(tmp_path, teacher)
     assert teacher.asked == [PROBE]
 
@@ -219,9 +219,9 @@ def test_room_to_the_byte(tmp_path, monkeypatch):
     shapes = {'logits': [N, V, T, 5], 'a': [N, V, T, 7]}
     for free in (2*N*V*T*12, 2*N*V*T*12 - 1):
         monkeypatch.setattr(tapcache.shutil, 'disk_usage', lambda folder: Usage(0, 0, free))
-        if free % 2 == 0: tapcache.check_disk_space(tmp_path, shapes)
+        if free % 2 == 0: tapcache._check_disk_space(tmp_path, shapes)
         else:
-            with pytest.raises(KdocrError, match='teacher taps'): tapcache.check_disk_space(tmp_path, shapes)
+            with pytest.raises(KdocrError, match='teacher taps'): tapcache._check_disk_space(tmp_path, shapes)
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full')
 def test_a_disk_that_fills_up_is_an_error_and_no_bus_error(tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_the_second_of_two_threads_waits_and_finds(tmp_path):
     assert inside.wait(60)
     got.append(make(tmp_path, other)); a.join(60)
     assert sum(first.asked) == PROBE + N*V and second.asked == [PROBE] and len(got) == 2
-    assert same(*(taps_dict(c.take(ROWS, VIEWS)) for c in got))
+    assert same(*(_taps_dict(c.take(ROWS, VIEWS)) for c in got))
 
 KILLED = '''
 def compute(rows, views):

@@ -11,14 +11,14 @@ from kdocr.distill.ctc import ctc_loss
 from kdocr.data.batches import labelled, open_data
 from kdocr.training.distillation import GradBalance, TrainerDistill
 from kdocr.training.networks import load_teacher, new_student
-from kdocr.training.pseudo_labels import pseudo_labels, with_pseudo_labels
+from kdocr.training.pseudo_labels import _pseudo_labels, with_pseudo_labels
 from kdocr.distill.feature_terms import FEATURE_TERMS
 from kdocr.distill.lattice import char_posteriors
 from kdocr.distill.logit_terms import LOGIT_TERMS, kl_char_aligned, kl
 from kdocr.distill.losses import align_pair, tap_mse
 from kdocr.training.run_folder import RunFolder, load_checkpoint, load_model, plate_hashes, save_checkpoint, state_hash
 from kdocr.models.taps import TapOut
-from kdocr.distill.terms import (DISTILL_TERMS, Schedule, asks_for, options_of, parse_schedule, parse_term,
+from kdocr.distill.terms import (_DISTILL_TERMS, Schedule, _asks_for, options_of, parse_schedule, _parse_term,
                                  parse_terms, distill_losses)
 from kdocr.training.trainer import EMA, Trainer, to_rows
 from kdocr.training.train_kd import new_trainer, train_kd
@@ -45,7 +45,7 @@ def test_the_default_is_the_seed():
 
 
 def test_every_part_of_a_term():
-    term, = parse_term('logits : kl(temperature=4, steps=nonblank_any) * 0.25 @ warmup(0.5) @ stop(0.75)', TAPS, TAPS)
+    term, = _parse_term('logits : kl(temperature=4, steps=nonblank_any) * 0.25 @ warmup(0.5) @ stop(0.75)', TAPS, TAPS)
     assert term.key == 'kd_logits_kl' and term.options == dict(temperature=4., steps='nonblank_any')
     assert [term.at(x) for x in (0, .25, .5, .74, .75, 1)] == [0, .125, .25, .25, 0, 0]
     s, t = out(), out(seed=1)
@@ -62,12 +62,12 @@ def test_a_config_reads_terms_from_a_shell_and_from_yaml(tmp_path):
     assert load_config(distill_terms=words).distill_terms == load_config(tmp_path/'c.yaml').distill_terms == ('logits:kl(temperature=2,steps=nonblank_teacher)*0.5', 'backbone_out:cosine')
 
 
-@pytest.mark.parametrize('name', DISTILL_TERMS)
+@pytest.mark.parametrize('name', _DISTILL_TERMS)
 def test_every_term_teaches_the_student_alone(name):
     s, t = out(), out(seed=1)
     tap = 'logits' if name in LOGIT_TERMS or name == 'mse_steps' else 'backbone_out'
     for x in (s, t): at = x.logits if tap == 'logits' else x.taps[tap]; at.requires_grad_()
-    value, = distill_losses(parse_term(f'{tap}:{name}', TAPS, TAPS), s, t, ['AB1', None, 'A'], CS).values()
+    value, = distill_losses(_parse_term(f'{tap}:{name}', TAPS, TAPS), s, t, ['AB1', None, 'A'], CS).values()
     assert value.shape == () and value.dtype == torch.float32 and value.isfinite()
     if name != 'seq_kd': assert value > 0 # a stranger reads something that a random teacher is not sure of
     value.backward()
@@ -79,7 +79,7 @@ def test_characters_are_looked_for_in_the_text_or_in_what_the_teacher_reads():
     s, t = out(), out(seed=1)
     from kdocr.distill.ctc import greedy
     read = [r.text for r in greedy(t.logits, CS)]
-    term = parse_term('logits:kl_char_aligned', TAPS, TAPS)
+    term = _parse_term('logits:kl_char_aligned', TAPS, TAPS)
     known, half = (distill_losses(term, s, t, texts, CS)['kd_logits_kl_char_aligned'] for texts in (read, [None, read[1], None]))
     assert torch.equal(known, half)
     chars = [char_posteriors(x.logits, read, CS) for x in (s, t)]
@@ -109,8 +109,8 @@ def test_the_command_refuses_before_anything_is_opened(tmp_path):
 
 
 def test_options_are_the_functions_own():
-    assert options_of('kl') == dict(temperature=1., steps='all') and asks_for('info_nce') == ['s_chars', 't_chars'] and asks_for('seq_kd') == ['charset'] and asks_for('mse') == []
-    assert {*FEATURE_TERMS, *LOGIT_TERMS, 'mse', 'mse_steps'} == set(DISTILL_TERMS)
+    assert options_of('kl') == dict(temperature=1., steps='all') and _asks_for('info_nce') == ['s_chars', 't_chars'] and _asks_for('seq_kd') == ['charset'] and _asks_for('mse') == []
+    assert {*FEATURE_TERMS, *LOGIT_TERMS, 'mse', 'mse_steps'} == set(_DISTILL_TERMS)
 
 
 # ---- in a run
@@ -276,7 +276,7 @@ def test_what_the_teacher_reads_becomes_a_label_where_it_is_sure(cfg, monkeypatc
     truth = [data.train.pack.texts[data.train.rows[i]] for i in hidden]
     said = [(t, .95) for t in truth]
     said[0], said[1], said[2] = ('WRONG99', .99), (truth[1], .5), ('', 1.)
-    monkeypatch.setattr('kdocr.training.pseudo_labels.pseudo_labels', lambda *a: said)
+    monkeypatch.setattr('kdocr.training.pseudo_labels._pseudo_labels', lambda *a: said)
     new, about = with_pseudo_labels(c, data, teacher)
     n = len(hidden)
     assert about == dict(labelled=len(data.train) - n, unlabelled=n, read=n - 2, right=n - 3, left_out=2)
@@ -294,7 +294,7 @@ def test_a_teacher_reads_all_five_frames(cfg):
             z = torch.full((len(x), 16, 37), -20.); z[..., 0] = 0; z[:, 3, 5] = 20
             return TapOut(z, {})
     model = Says()
-    said = pseudo_labels(model, data, c, [0, 1, 2])
+    said = _pseudo_labels(model, data, c, [0, 1, 2])
     assert [t for t, _ in said] == ['4']*3 and all(p > .99 for _, p in said)
 
 

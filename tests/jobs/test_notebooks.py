@@ -8,10 +8,10 @@ from kdocr.jobs import notebooks, status as status_module
 from kdocr.cli import main
 from kdocr.core import KdocrError, TemporaryFailure, read_json
 from kdocr.config import Config
-from kdocr.jobs.notebooks import (NotebookRun, exclusive, check_parameters, interrupt, notebook_path, parameters,
-                                  read_status, run_notebook, shipped_notebooks, current_state)
+from kdocr.jobs.notebooks import (NotebookRun, _exclusive, check_parameters, _interrupt, notebook_path, parameters,
+                                  read_status, run_notebook, _shipped_notebooks, current_state)
 from kdocr.training.run_folder import RunFolder
-from kdocr.jobs.status import Status, utc
+from kdocr.jobs.status import Status, _utc
 
 
 def write(path, *cells):
@@ -109,9 +109,9 @@ def test_a_disk_that_is_full_from_the_start(notebook, tmp_path, monkeypatch):
 
 def test_what_a_status_says_by_now(tmp_path):
     with subprocess.Popen([sys.executable, '-c', '']) as ended: pass
-    here = dict(state='running', pid=os.getpid(), host=status_module.socket.gethostname(), heartbeat=utc(), attempt=1)
+    here = dict(state='running', pid=os.getpid(), host=status_module.socket.gethostname(), heartbeat=_utc(), attempt=1)
     said = lambda **kw: current_state({**here, **kw})
-    assert [said(), said(pid=ended.pid), said(heartbeat=utc(61)), said(host='x', pid=ended.pid), said(host='x', heartbeat=utc(61)), said(state='failed', pid=ended.pid)] == ['running', 'dead', 'dead', 'running', 'dead', 'failed']
+    assert [said(), said(pid=ended.pid), said(heartbeat=_utc(61)), said(host='x', pid=ended.pid), said(host='x', heartbeat=_utc(61)), said(state='failed', pid=ended.pid)] == ['running', 'dead', 'dead', 'running', 'dead', 'failed']
     assert read_status(tmp_path) == {'state': 'new'}
     for text in ('', '{', '[]', '{"state": "running"}', json.dumps(dict(here, heartbeat='soon'))):
         (tmp_path/'status.json').write_text(text)
@@ -128,7 +128,7 @@ def test_the_heart_beats(tmp_path, monkeypatch):
 
 def test_one_runner_a_folder(notebook, tmp_path, capfd):
     (tmp_path/'out').mkdir()
-    with exclusive(tmp_path/'out', 'first.ipynb'):
+    with _exclusive(tmp_path/'out', 'first.ipynb'):
         with pytest.raises(TemporaryFailure, match=rf'out: another process is at work on this run \(first.ipynb, pid {os.getpid()} on '): run_notebook(notebook, tmp_path/'out')
         assert main(['run', str(write(tmp_path/'o.ipynb', "out = ''")), '-p', 'out', str(tmp_path/'out')]) == 75
         assert capfd.readouterr().err.count('\n') == 1
@@ -138,14 +138,14 @@ def test_one_runner_a_folder(notebook, tmp_path, capfd):
 
 def test_a_runner_on_another_machine(tmp_path, monkeypatch):
     "Its lock is not seen here. While its heart beats it is left alone; silent for long, it is dead."
-    there = dict(state='running', pid=1, host='elsewhere', heartbeat=utc(30), attempt=1, notebook='/x/n.ipynb')
+    there = dict(state='running', pid=1, host='elsewhere', heartbeat=_utc(30), attempt=1, notebook='/x/n.ipynb')
     says = lambda **kw: (tmp_path/'status.json').write_text(json.dumps({**there, **kw}))
     says()
-    monkeypatch.setattr(notebooks.time, 'sleep', lambda s: says(heartbeat=utc()))
-    with pytest.raises(TemporaryFailure, match='n.ipynb, pid 1 on elsewhere'): exclusive(tmp_path, 'me')
+    monkeypatch.setattr(notebooks.time, 'sleep', lambda s: says(heartbeat=_utc()))
+    with pytest.raises(TemporaryFailure, match='n.ipynb, pid 1 on elsewhere'): _exclusive(tmp_path, 'me')
     says()
-    monkeypatch.setattr(notebooks.time, 'sleep', lambda s: says(heartbeat=utc(61)))
-    exclusive(tmp_path, 'me').close()
+    monkeypatch.setattr(notebooks.time, 'sleep', lambda s: says(heartbeat=_utc(61)))
+    _exclusive(tmp_path, 'me').close()
 
 def test_four_at_once(notebook, tmp_path):
     runs = [NotebookRun(notebook, tmp_path/f'{i}.ipynb', dict(count=i)) for i in range(4)]
@@ -159,7 +159,7 @@ try:
 except KeyboardInterrupt: pathlib.Path({str(tmp_path/"saved")!r}).touch(); raise''')
     run = NotebookRun(nb, tmp_path/'kept.ipynb', {})
     while not (tmp_path/'begun').exists(): time.sleep(.05)
-    interrupt([run])
+    _interrupt([run])
     assert run.done() and (tmp_path/'saved').exists() and 'KeyboardInterrupt' in outputs(tmp_path/'kept.ipynb')
 
 def start(*args, **kw): return subprocess.Popen([sys.executable, '-m', 'kdocr.cli', 'run', *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kw)
@@ -232,13 +232,13 @@ def alive(pid):
 
 
 def test_shipped_notebooks_are_found_by_name():
-    assert {'train_kd', 'loss_curves', 'feature_alignment', 'benchmark'} <= shipped_notebooks().keys()
+    assert {'train_kd', 'loss_curves', 'feature_alignment', 'benchmark'} <= _shipped_notebooks().keys()
     assert notebook_path('loss_curves') == notebook_path('analysis/loss_curves.ipynb') == notebook_path('nbs/analysis/loss_curves')
     with pytest.raises(KdocrError, match="did you mean 'train_kd'"): notebook_path('trainkd')
     with pytest.raises(KdocrError, match='no such file'): notebook_path('elsewhere/train_kd.ipynb')
 
-@pytest.mark.parametrize('name', sorted(shipped_notebooks()))
-def test_the_parameters_tag_is_there(name): assert parameters(shipped_notebooks()[name])
+@pytest.mark.parametrize('name', sorted(_shipped_notebooks()))
+def test_the_parameters_tag_is_there(name): assert parameters(_shipped_notebooks()[name])
 
 def test_what_the_config_can_say_the_run_notebook_can():
     assert parameters(notebook_path('train_kd')).keys() == {*Config.model_fields, 'ranks'}

@@ -16,8 +16,8 @@ import nbformat
 import pytest
 
 from kdocr.core import KdocrError, read_json, try_lock
-from kdocr.jobs.queue import (Batch, JobFiles, DiskFull, Job, Lines, Slot, JobState, Table, Tail, JobProcess,
-                              disk_full, finished, is_locked, take_lock, slots, run_jobs, start, table_lines)
+from kdocr.jobs.queue import (_Batch, _JobFiles, DiskFull, Job, _Lines, _Slot, JobState, _Table, Tail, _JobProcess,
+                              disk_full, finished, _is_locked, _take_lock, slots, run_jobs, start, _table_lines)
 from kdocr.jobs.status import Status
 from sweeping import COMMAND, at_work, command, notebook, plan, quick, undisturbed
 
@@ -33,10 +33,10 @@ def gone(out):
 
 
 def test_places_share_the_cores_and_never_a_gpu():
-    assert slots(None, [0, 1, 2], []) == [Slot((0,), None), Slot((1,), None), Slot((2,), None)]
-    assert slots(2, [0, 1, 2, 3], []) == [Slot((0, 2), None), Slot((1, 3), None)]
-    assert slots(5, [0, 1], []) == [Slot((), None)] * 5
-    assert slots(None, [0, 1, 2, 3], ['0', '3']) == [Slot((0, 2), '0'), Slot((1, 3), '3')]
+    assert slots(None, [0, 1, 2], []) == [_Slot((0,), None), _Slot((1,), None), _Slot((2,), None)]
+    assert slots(2, [0, 1, 2, 3], []) == [_Slot((0, 2), None), _Slot((1, 3), None)]
+    assert slots(5, [0, 1], []) == [_Slot((), None)] * 5
+    assert slots(None, [0, 1, 2, 3], ['0', '3']) == [_Slot((0, 2), '0'), _Slot((1, 3), '3')]
     assert [p.gpu for p in slots(8, list(range(8)), ['0', '1'])] == ['0', '1'] and len(slots(1, [0, 1], ['0', '1'])) == 1
 
 
@@ -72,7 +72,7 @@ class Here:
 
 def made(tmp_path, cell, meanwhile=lambda batch: None, retries=2):
     "One job whose notebook is `cell`, until it is over: its row, and how often it was started."
-    batch = Batch([Job('a', None, {}, trains=False)], tmp_path, notebook(tmp_path/'n.ipynb', cell, 'x = 1'), Here(), retries)
+    batch = _Batch([Job('a', None, {}, trains=False)], tmp_path, notebook(tmp_path/'n.ipynb', cell, 'x = 1'), Here(), retries)
     while batch.open: start(batch); batch.look(); meanwhile(batch)
     return batch.rows['a'], len(batch.engine.made)
 
@@ -94,7 +94,7 @@ def test_a_dead_kernel_is_tried_again_and_not_for_ever(tmp_path):
 def test_a_full_disk_stops_the_batch(tmp_path, monkeypatch, code):
     with pytest.raises(DiskFull, match='a: n.ipynb, cell 1: OSError'): made(tmp_path, f"import os; raise OSError({code}, os.strerror({code}), 'last.pth')")
     def full(*a): raise OSError(code, os.strerror(code))
-    monkeypatch.setattr('kdocr.jobs.notebooks.Log', full)
+    monkeypatch.setattr('kdocr.jobs.notebooks._Log', full)
     with pytest.raises(DiskFull, match='cannot be written to'): made(tmp_path/'before it began', 'pass')
     assert disk_full(OSError(code, '')) and not disk_full(OSError(errno.EACCES, '')) and not disk_full(None)
 
@@ -144,20 +144,20 @@ def test_a_table_that_is_too_long_shows_what_runs(tmp_path):
     rows[17].state, rows[23].state, rows[3].state = 'running', 'failed', 'finished'
     (tmp_path/'run17').mkdir()
     (tmp_path/'run17/metrics.jsonl').write_text('{"step": 4, "seconds": 8, "val_exact_match": 0.25}\n')
-    lines = table_lines(rows, 10)
+    lines = _table_lines(rows, 10)
     assert len(lines) == 10 and [l.split() for l in lines[1:3]] == [['run17', 'running', '4/10', '25.0', '0:12'], ['run23', 'failed', '0/10']]
     assert lines[-2] == '... and 23 more' and lines[-1] == '1 of 30 finished, 1 running, 27 waiting, 1 failed, 9:12 left'
-    assert len(table_lines(rows)) == 32
+    assert len(_table_lines(rows)) == 32
 
 
 def test_work_that_is_done_is_left_alone_and_what_it_needs_is_waited_for(tmp_path):
     def ends(work): work(); return read_json(work.files.end)['state']
     file = notebook(tmp_path/'n.ipynb')
     (tmp_path/'a').mkdir(); (tmp_path/'a/scores.json').write_text('{}')
-    assert ends(JobProcess(Job('a', 1, {}), file, tmp_path)) == 'finished' and [p.name for p in (tmp_path/'a').iterdir()] == ['scores.json']
-    b = JobProcess(Job('b', 1, {}, 'c'), file, tmp_path, need=Job('c', 1, {}))
+    assert ends(_JobProcess(Job('a', 1, {}), file, tmp_path)) == 'finished' and [p.name for p in (tmp_path/'a').iterdir()] == ['scores.json']
+    b = _JobProcess(Job('b', 1, {}, 'c'), file, tmp_path, need=Job('c', 1, {}))
     assert ends(b) == 'waits' and not (tmp_path/'b').exists()
-    with take_lock(b.files.lock): assert ends(b) == 'held' and is_locked(b.files.lock)
+    with _take_lock(b.files.lock): assert ends(b) == 'held' and _is_locked(b.files.lock)
 
 
 def test_what_is_no_training_is_finished_where_its_status_says_so(tmp_path):
@@ -165,7 +165,7 @@ def test_what_is_no_training_is_finished_where_its_status_says_so(tmp_path):
     for n in 'ab': (tmp_path/n).mkdir()
     Status(tmp_path/'a').end('finished')
     (tmp_path/'b/status.json').write_text('{"state": "finished"') # damaged: written anew
-    rows = run_jobs([Job(n, None, dict(word=n), trains=False) for n in 'ab'], tmp_path, file, 1, show=Lines)
+    rows = run_jobs([Job(n, None, dict(word=n), trains=False) for n in 'ab'], tmp_path, file, 1, show=_Lines)
     assert [r.state for r in rows.values()] == ['finished'] * 2 and finished(tmp_path/'b', False) and not (tmp_path/'a/n.ipynb').exists() and (tmp_path/'b/n.ipynb').exists()
 
 
@@ -183,12 +183,12 @@ def test_a_failed_cell_is_not_tried_again_and_a_dead_kernel_is(tmp_path):
 
 
 def test_a_run_that_another_process_holds_is_waited_for_and_said_so(tmp_path, capsys):
-    file, lock = notebook(tmp_path/'n.ipynb'), JobFiles(tmp_path, 'a').lock
+    file, lock = notebook(tmp_path/'n.ipynb'), _JobFiles(tmp_path, 'a').lock
     with ExitStack() as other:
-        other.enter_context(take_lock(lock))
+        other.enter_context(_take_lock(lock))
         def end(): (tmp_path/'a').mkdir(); (tmp_path/'a/scores.json').write_text('{}'); other.close()
         threading.Timer(.7, end).start()
-        rows = run_jobs([Job('a', 1, {})], tmp_path, file, 1, show=Lines)
+        rows = run_jobs([Job('a', 1, {})], tmp_path, file, 1, show=_Lines)
     said = capsys.readouterr().out
     assert rows['a'].state == 'finished' and 'a: elsewhere: another process is at work on it; waiting for that' in said and ': running' not in said
 
@@ -274,7 +274,7 @@ def test_a_full_disk_stops_all_and_the_same_command_goes_on_once_there_is_room(t
 def test_a_terminal_gets_a_table_over_the_one_before_and_at_the_end_all_of_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('shutil.get_terminal_size', lambda: os.terminal_size((20, 6)))
     rows = [JobState(Job(f'a run with a long name {i}', 10, {}), tmp_path) for i in range(9)]
-    view = Table(rows)
+    view = _Table(rows)
     view.show()
     first = capsys.readouterr().out.splitlines()
     assert len(first) == 5 and first[0].startswith('run') and max(map(len, first)) < 20

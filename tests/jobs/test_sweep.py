@@ -15,7 +15,7 @@ from kdocr.jobs.queue import DiskFull, JobState
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.training.run_folder import on_disk
 from kdocr.jobs.status import Status
-from kdocr.jobs.sweep import check_folders, failures, load_sweep, make_sweep, sweep
+from kdocr.jobs.sweep import _check_folders, failures, load_sweep, make_sweep, sweep
 from kdocr.analysis.sweep_results import plot_results, results, results_text
 from sweeping import notebook
 from small_runs import SMALL, drawn
@@ -183,8 +183,8 @@ def test_a_notebook_of_ones_own(tmp_path):
     assert list(table.state) == ['finished'] and 'exact_match' not in table and 'one finished' in results_text(table) and JobState(plan().jobs[0], tmp_path/'out').exact == .25
     Status(tmp_path/'out/one', params=dict(out=str(tmp_path), name='one', word='b')).end('finished')
     for own in ({}, dict(word='a')):
-        with pytest.raises(KdocrError, match='one: holds another run: word is .b. and .a. here'): check_folders(plan(**own))
-    check_folders(plan(word='b'))
+        with pytest.raises(KdocrError, match='one: holds another run: word is .b. and .a. here'): _check_folders(plan(**own))
+    _check_folders(plan(word='b'))
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys):

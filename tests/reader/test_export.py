@@ -15,7 +15,7 @@ from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.reader.recogniser import session
-from kdocr.reader.export import Comparison, export_about, compare_graph, export, to_half_weights, to_onnx
+from kdocr.reader.export import _Comparison, _export_about, compare_graph, export, _to_half_weights, to_onnx
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import RunFolder, describe, save_checkpoint
 from small_runs import drawn
@@ -67,9 +67,9 @@ def test_what_the_file_says_of_itself(tiny):
 
 def test_metadata_of_what_was_calibrated_and_what_was_not(tiny):
     ckpt = dict(charset='abc', height=32, width=96, frames=5, model_type='restran_tiny')
-    assert export_about(ckpt) == dict(ckpt, temperature=1., layouts=[])
-    assert export_about(dict(ckpt, charset=Charset().chars))['layouts'] == ['Brazilian', 'Mercosur']
-    assert export_about(dict(ckpt, temperature=1.4, layouts=['Brazilian']))['temperature'] == 1.4
+    assert _export_about(ckpt) == dict(ckpt, temperature=1., layouts=[])
+    assert _export_about(dict(ckpt, charset=Charset().chars))['layouts'] == ['Brazilian', 'Mercosur']
+    assert _export_about(dict(ckpt, temperature=1.4, layouts=['Brazilian']))['temperature'] == 1.4
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_another_charset_several_frames_and_half(tmp_path, capsys):
 
 
 def test_16_bits_may_turn_a_near_tie_and_say_so(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, 'compare_graph', lambda *a: Comparison(10, 9, 5e-5, (1,)))
+    monkeypatch.setattr(module, 'compare_graph', lambda *a: _Comparison(10, 9, 5e-5, (1,)))
     def asked(*more): return main(['export', str(tiny[0]), '--out', str(tmp_path/'o.onnx'), '--data', drawn(), *more])
     assert asked() == 2 and 'asked are all strings' in capsys.readouterr().err and not (tmp_path/'o.onnx').exists()
     assert asked('--half') == 0 and '9 of 10 strings the same' in capsys.readouterr().out and (tmp_path/'o.onnx').exists()
@@ -136,7 +136,7 @@ def test_half_keeps_what_16_bits_cannot_hold(tiny):
     big = max(graph.graph.initializer, key=lambda w: len(w.raw_data))
     x = onnx.numpy_helper.to_array(big).copy(); x.flat[0] = 1e6
     big.CopyFrom(onnx.numpy_helper.from_array(x, big.name))
-    kept = next(w for w in to_half_weights(graph).graph.initializer if w.name == big.name)
+    kept = next(w for w in _to_half_weights(graph).graph.initializer if w.name == big.name)
     assert kept.data_type == onnx.TensorProto.FLOAT and float(onnx.numpy_helper.to_array(kept).flat[0]) == 1e6
     assert any(w.data_type == onnx.TensorProto.FLOAT16 for w in graph.graph.initializer)
 

@@ -13,7 +13,7 @@ from kdocr.core import KdocrError
 from kdocr.data.batches import open_data
 from kdocr.reader.heights import DECODE_MODES, labelled_folder, downscale
 from kdocr.data.icpr import check, index_data, make_split, read_image
-from kdocr.reader.mixed import LOW, crop_tracks, mixed_csv
+from kdocr.reader.mixed import _LOW, _crop_tracks, mixed_csv
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.reader.recogniser import Reader, shipped
 from kdocr.data.synth import synth
@@ -58,16 +58,16 @@ def test_everything_is_listed_where_it_lies(tmp_path, crops, drawn):
 
 
 def test_lr_frames_of_a_crop(tmp_path, crops):
-    same = [p for p in crop_tracks(crops, tmp_path/'low', copies=3) if p.key == 'é 0.png']
+    same = [p for p in _crop_tracks(crops, tmp_path/'low', copies=3) if p.key == 'é 0.png']
     assert [p.copy for p in same] == [0, 1, 2] and same[0].frames == same[1].frames == same[2].frames, 'without a camera copies are the same files'
-    plates = [p for p in crop_tracks(crops, tmp_path/'low', copies=3, camera=True) if p.key == 'é 0.png']
+    plates = [p for p in _crop_tracks(crops, tmp_path/'low', copies=3, camera=True) if p.key == 'é 0.png']
     assert plates[0].frames == same[0].frames
     near = read_image(crops/'é 0.png')
     low = [[read_image(f) for _, f in p.frames] for p in plates]
-    assert [p.copy for p in plates] == [0, 1, 2] and [[x.shape[0] for x in each] for each in low] == [[*LOW]]*3
-    for x, h in zip(low[0], LOW): assert np.array_equal(x, downscale(near, h))
+    assert [p.copy for p in plates] == [0, 1, 2] and [[x.shape[0] for x in each] for each in low] == [[*_LOW]]*3
+    for x, h in zip(low[0], _LOW): assert np.array_equal(x, downscale(near, h))
     assert all(not np.array_equal(a, b) for pair in ((0, 1), (1, 2)) for a, b in zip(low[pair[0]], low[pair[1]])), 'each copy has its own camera'
-    last = [p for p in crop_tracks(crops, tmp_path/'low', copies=2, camera=True) if p.key == 'é 5.png']
+    last = [p for p in _crop_tracks(crops, tmp_path/'low', copies=2, camera=True) if p.key == 'é 5.png']
     assert [[read_image(f).shape[0] for _, f in p.frames] for p in last] == [[18, 18, 16, 14, 12]]*2, 'never enlarged'
 
 

@@ -7,7 +7,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from kdocr.data.augment import LEAST, draw_lowres, apply_lowres
+from kdocr.data.augment import _LEAST, draw_lowres, apply_lowres
 from kdocr.reader.heights import accuracy_by_height, labelled_folder, labelled_tracks, downscale
 from kdocr.config import load_config
 from kdocr.core import KdocrError, np_rng, read_json
@@ -16,7 +16,7 @@ from kdocr.data.degrade import track_conditions
 from kdocr.data.icpr import index_data
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.data.pack import pack
-from kdocr.data.plates import OTHER, VARIETY, draw_style, stamp
+from kdocr.data.plates import _OTHER, VARIETY, draw_style, _stamp
 from kdocr.reader.recogniser import Reader, shipped
 from kdocr.training.run_folder import RunFolder
 from kdocr.reader.model_card import card_text
@@ -61,7 +61,7 @@ def test_shrink_comes_down_to_the_least_height():
     "Rows that alternate below what the fewest pixels can hold are gone in some view, and there in none that has fewer rows than LEAST."
     bars = torch.from_numpy((np.arange(32) // 2 % 2 * 255).astype(np.uint8))[:, None, None].expand(32, 128, 3)[None, None].repeat(60, 1, 1, 1, 1)
     left = apply_lowres(bars, torch.arange(1, 61)).float().mean((1, 3, 4)).std(1) # contrast between the rows
-    assert left.min() < 15 and left.max() > 60 and LEAST == 9
+    assert left.min() < 15 and left.max() > 60 and _LEAST == 9
 
 def test_a_batch_is_the_same_in_parts_with_shrink_and_hr_mix_p(drawn, tmp_path):
     packed, _ = pack(index_data(drawn).train, tmp_path)
@@ -89,9 +89,9 @@ def test_nothing_new_is_drawn_at_the_usual_variety():
     assert any(draw_style(np_rng(i), 'Brazilian', 1.).other > 0 for i in range(5)) and any(track_conditions(np_rng(i), 'Scenario-B', 1.).bloom > 0 for i in range(20))
 
 def test_the_other_forms_are_other_forms():
-    for c in OTHER: assert not np.array_equal(stamp(c, .6, 14, .2), stamp(c, .6, 14, .2, True)), c
-    assert np.array_equal(stamp('H', .6, 14, .2), stamp('H', .6, 14, .2, True))
-    w = stamp('W', .6, 14, .2, True)
+    for c in _OTHER: assert not np.array_equal(_stamp(c, .6, 14, .2), _stamp(c, .6, 14, .2, True)), c
+    assert np.array_equal(_stamp('H', .6, 14, .2), _stamp('H', .6, 14, .2, True))
+    w = _stamp('W', .6, 14, .2, True)
     assert w[10:80, :8].min() > 0, "its sides stand upright"
 
 def test_sets_of_two_drawings_are_told_apart(drawn):

@@ -17,7 +17,7 @@ from kdocr.data.icpr import index_data
 from kdocr.reader.recogniser import Network, Reader, load_image
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import describe, save_checkpoint
-from kdocr.reader.submit import (agree, asked_tracks, check_submission, submission_line, read_together, submit,
+from kdocr.reader.submit import (_agree, _asked_tracks, check_submission, _submission_line, read_together, submit,
                                  write_submission)
 
 KEYS = ['track_20001', 'track_20002', 'track_20003']
@@ -49,7 +49,7 @@ def faults(path, folder): return [f.removeprefix(f'{path}: ') for f in check_sub
 
 # ---------------------------------------------------------------- the form
 def test_a_line_and_a_zip(tmp_path):
-    assert submission_line('track_00001', 'ABC1234', .98764) == 'track_00001,ABC1234;0.9876'
+    assert _submission_line('track_00001', 'ABC1234', .98764) == 'track_00001,ABC1234;0.9876'
     rows = [(k, 'ABC1234', i / 7) for i, k in enumerate(KEYS)]
     a, b = write_submission(tmp_path/'a b.zip', rows), write_submission(tmp_path/'c'/'a b.zip', rows[::-1])
     assert a.read_bytes() == b.read_bytes() and zipfile.ZipFile(a).namelist() == ['a b.txt']
@@ -58,22 +58,22 @@ def test_a_line_and_a_zip(tmp_path):
 
 
 def test_the_tracks_of_the_test_part(competition):
-    assert [t.key for t in asked_tracks(competition)] == KEYS == [t.key for t in asked_tracks(competition/'test')]
+    assert [t.key for t in _asked_tracks(competition)] == KEYS == [t.key for t in _asked_tracks(competition/'test')]
     (competition/'test/track_20002/lr-003.jpg').unlink()
-    assert [t.key for t in asked_tracks(competition)] == KEYS
-    with pytest.raises(KdocrError, match='no test tracks in it'): asked_tracks(competition/'train')
+    assert [t.key for t in _asked_tracks(competition)] == KEYS
+    with pytest.raises(KdocrError, match='no test tracks in it'): _asked_tracks(competition/'train')
     shutil.copytree(competition/'test/track_20001', competition/'test/again/track_20001')
-    with pytest.raises(KdocrError, match='two tracks are called track_20001'): asked_tracks(competition)
+    with pytest.raises(KdocrError, match='two tracks are called track_20001'): _asked_tracks(competition)
     (competition/'x.csv').write_text('image,text\n')
-    with pytest.raises(KdocrError, match="a submission is of a folder in the competition's layout"): asked_tracks(competition/'x.csv')
+    with pytest.raises(KdocrError, match="a submission is of a folder in the competition's layout"): _asked_tracks(competition/'x.csv')
 
 
 def test_tracks_that_nobody_labels_are_a_test_part_by_any_name(competition, tmp_path, capsys):
     blind = shutil.copytree(competition/'test', tmp_path/'blind')
-    assert [t.key for t in asked_tracks(blind)] == KEYS
+    assert [t.key for t in _asked_tracks(blind)] == KEYS
     assert main(['submit', str(blind), '--ckpt', str(checkpoint(tmp_path/'a.pth')), '--out', str(tmp_path/'s.zip')]) == 0 and len(lines(tmp_path/'s.zip')) == 3
     shutil.copytree(next(competition.glob('train/*/*/track_*')), blind/'track_00001')
-    with pytest.raises(KdocrError, match='no test tracks in it .expected test/.* or tracks without annotations'): asked_tracks(blind)
+    with pytest.raises(KdocrError, match='no test tracks in it .expected test/.* or tracks without annotations'): _asked_tracks(blind)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -148,7 +148,7 @@ def test_the_commands_exit_status(competition, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- reading
-def frames_of(folder): return [[load_image(p).pixels for p in t.lr] for t in asked_tracks(folder)]
+def frames_of(folder): return [[load_image(p).pixels for p in t.lr] for t in _asked_tracks(folder)]
 
 
 def test_one_checkpoint_is_the_reader_itself(competition, tmp_path):
@@ -185,10 +185,10 @@ def test_what_cannot_be_averaged(competition, tmp_path, capsys):
     a = checkpoint(tmp_path/'a.pth')
     for i, (values, said) in enumerate([(dict(charset=Charset().chars[::-1]), 'charset'), (dict(width=256), 'time steps 32 and 16')]):
         b = checkpoint(tmp_path/f'b{i}.pth', **values)
-        with pytest.raises(KdocrError, match=rf'b{i}\.pth and .*a\.pth cannot be averaged: {said}'): agree({str(p): Reader.load(p) for p in (a, b)})
+        with pytest.raises(KdocrError, match=rf'b{i}\.pth and .*a\.pth cannot be averaged: {said}'): _agree({str(p): Reader.load(p) for p in (a, b)})
         assert main(['submit', str(competition), '--ckpt', str(a), str(b), '--out', str(tmp_path/'s.zip')]) == 2 and not (tmp_path/'s.zip').exists()
     with pytest.raises(KdocrError, match='words.pth: it reads no plates, 0123456789.* are not in its charset'): submit(competition, [checkpoint(tmp_path/'words.pth', charset='abc')])
-    agree({str(p): Reader.load(p) for p in (a, checkpoint(tmp_path/'higher.pth', height=48))}) # another height has the same steps
+    _agree({str(p): Reader.load(p) for p in (a, checkpoint(tmp_path/'higher.pth', height=48))}) # another height has the same steps
 
 
 def test_submit(competition, tmp_path, capsys):
@@ -231,9 +231,9 @@ def test_frames_that_cannot_be_read(competition, tmp_path, capsys):
     (competition/'test/track_20001/lr-004.jpg').unlink()
     submit(competition, [ckpt], out)
     assert 'track_20001: 3 of 5 frames can be read (lr-002.jpg: no picture' in (err := capsys.readouterr().err) and '1 missing' in err
-    whole = [[load_image(p).pixels for p in asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg']]
+    whole = [[load_image(p).pixels for p in _asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg']]
     r = read_together([Reader.load(ckpt)], whole)[0]
-    assert lines(out)[0] == submission_line('track_20001', r.text, r.confidence)
+    assert lines(out)[0] == _submission_line('track_20001', r.text, r.confidence)
     before = out.read_bytes()
     for f in (competition/'test/track_20003').iterdir(): f.write_bytes(b'')
     with pytest.raises(KdocrError, match='not written, 1 of 3 tracks cannot be read at all.*--allow-unreadable'): submit(competition, [ckpt], out)

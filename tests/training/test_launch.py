@@ -16,11 +16,11 @@ from kdocr.training import launch
 from kdocr.jobs import notebooks
 from kdocr.cli import main
 from kdocr.core import KdocrError, TemporaryFailure, Stopped, read_json
-from kdocr.training.launch import RankKilled, RankExit, check_ranks, explain_exit, train_ranks
-from kdocr.jobs.queue import Slot, slots
-from kdocr.jobs.notebooks import how_it_ended, read_status
+from kdocr.training.launch import RankKilled, _RankExit, check_ranks, explain_exit, train_ranks
+from kdocr.jobs.queue import _Slot, slots
+from kdocr.jobs.notebooks import _how_it_ended, read_status
 from kdocr.training.run_folder import RunFolder, load_checkpoint
-from kdocr.jobs.sweep import config_of, make_sweep
+from kdocr.jobs.sweep import _config_of, make_sweep
 from small_runs import SMALL, drawn, same_end, small
 
 TRAIN = dict(mode='teacher', steps=40, checkpoint_every=4, eval_every=16, log_every=1)
@@ -45,19 +45,19 @@ def test_what_a_machine_without_a_gpu_can_share(tmp_path, monkeypatch):
     with pytest.raises(KdocrError, match='which has 0; device cpu will do'): check_ranks(small(tmp_path, device='cuda'), 2)
 
 
-LOST = RankExit(0, 1, 1, 'RuntimeError: Connection closed by peer')
+LOST = _RankExit(0, 1, 1, 'RuntimeError: Connection closed by peer')
 
 @pytest.mark.parametrize('ends, kind, said', [
-    ([RankExit(1, -9), LOST], RankKilled, 'x: rank 1 of 2 was ended by SIGKILL'), ([RankExit(0, -11), RankExit(1, 1, 1, 'RuntimeError: lost')], RankKilled, 'rank 0 of 2 was ended by SIGSEGV'),
-    ([RankExit(1, 1, 2, 'its memory is full'), RankExit(0, -6)], KdocrError, '^its memory is full$'), ([RankExit(1, 1, 2, 'rank 0: taken'), RankExit(0, 1, 75, 'taken')], TemporaryFailure, '^taken$'),
-    ([RankExit(1, 1, 2, 'rank 0: no such folder'), RankExit(0, 1, 2, 'no such folder')], KdocrError, '^no such folder$'), ([LOST, RankExit(1, 1, 1, 'no')], RuntimeError, 'rank 0: RuntimeError: Connection'),
-    ([RankExit(0, 1, 143, 'stopped by SIGTERM; saved; the same'), RankExit(1, 1, 143, 'stopped by SIGTERM; saved; the same')], Stopped, '^stopped by SIGTERM; saved; the same$')])
+    ([_RankExit(1, -9), LOST], RankKilled, 'x: rank 1 of 2 was ended by SIGKILL'), ([_RankExit(0, -11), _RankExit(1, 1, 1, 'RuntimeError: lost')], RankKilled, 'rank 0 of 2 was ended by SIGSEGV'),
+    ([_RankExit(1, 1, 2, 'its memory is full'), _RankExit(0, -6)], KdocrError, '^its memory is full$'), ([_RankExit(1, 1, 2, 'rank 0: taken'), _RankExit(0, 1, 75, 'taken')], TemporaryFailure, '^taken$'),
+    ([_RankExit(1, 1, 2, 'rank 0: no such folder'), _RankExit(0, 1, 2, 'no such folder')], KdocrError, '^no such folder$'), ([LOST, _RankExit(1, 1, 1, 'no')], RuntimeError, 'rank 0: RuntimeError: Connection'),
+    ([_RankExit(0, 1, 143, 'stopped by SIGTERM; saved; the same'), _RankExit(1, 1, 143, 'stopped by SIGTERM; saved; the same')], Stopped, '^stopped by SIGTERM; saved; the same$')])
 def test_what_the_ends_of_ranks_mean(ends, kind, said):
     fault = explain_exit(ends, 'x')
     assert type(fault) is kind
     with pytest.raises(kind, match=said): raise fault
 
-def test_when_all_ended_well_there_is_no_fault(): assert explain_exit([RankExit(1, 0, 0), RankExit(0, 0, 0)], 'x') is None
+def test_when_all_ended_well_there_is_no_fault(): assert explain_exit([_RankExit(1, 0, 0), _RankExit(0, 0, 0)], 'x') is None
 
 
 def test_a_rank_killed_is_no_fault_of_the_program(tmp_path, capsys):
@@ -67,13 +67,13 @@ def test_a_rank_killed_is_no_fault_of_the_program(tmp_path, capsys):
     nbformat.write(nbformat.v4.new_notebook(metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), cells=cells), tmp_path/'n.ipynb')
     assert main(['run', str(tmp_path/'n.ipynb'), '-p', 'out', str(tmp_path/'out')]) == 75
     assert [read_status(tmp_path/'out')[k] for k in ('state', 'cell', 'error')] == ['rank_killed', 2, 'RankKilled: rank 1 of 2 was ended by SIGKILL'] and 'rank 1 of 2' in capsys.readouterr().err
-    assert RankKilled.__name__ == 'RankKilled' and how_it_ended(notebooks.PapermillExecutionError(2, 1, '', Stopped.__name__, 'stopped by SIGTERM; saved', []))[0] == 'stopped'
+    assert RankKilled.__name__ == 'RankKilled' and _how_it_ended(notebooks.PapermillExecutionError(2, 1, '', Stopped.__name__, 'stopped by SIGTERM; saved', []))[0] == 'stopped'
 
 
 def test_a_job_of_several_ranks_has_a_gpu_and_a_core_for_each():
-    assert slots(None, [0, 1, 2, 3], list('abcde'), 2) == [Slot((0, 2), 'a,b'), Slot((1, 3), 'c,d')]
-    assert slots(None, [0, 1, 2, 3, 4], [], 2) == [Slot((0, 2, 4), None), Slot((1, 3), None)] and slots(None, [0], [], 2) == [Slot((0,), None)]
-    assert slots(None, [0, 1], ['a'], 2) == [Slot((0, 1), None)], 'too few GPUs: the run says so'
+    assert slots(None, [0, 1, 2, 3], list('abcde'), 2) == [_Slot((0, 2), 'a,b'), _Slot((1, 3), 'c,d')]
+    assert slots(None, [0, 1, 2, 3, 4], [], 2) == [_Slot((0, 2, 4), None), _Slot((1, 3), None)] and slots(None, [0], [], 2) == [_Slot((0,), None)]
+    assert slots(None, [0, 1], ['a'], 2) == [_Slot((0, 1), None)], 'too few GPUs: the run says so'
 
 @pytest.mark.parametrize('own, said', [(dict(ranks=2, batch_size=7), 'r: batch_size 7 has no equal shares for 2 ranks'), (dict(ranks=0), 'r: ranks 0: at least 1'), (dict(ranks='two'), 'r: parameter ranks: .*integer'),
                                        (dict(rank=2), "unknown key 'rank'")])
@@ -82,7 +82,7 @@ def test_a_sweep_refuses_ranks_that_cannot_be(tmp_path, own, said):
 
 def test_a_sweep_hands_ranks_to_the_notebook_and_not_to_the_config(tmp_path):
     plan = make_sweep(dict(out=str(tmp_path), base=dict(batch_size=8, steps=3, data='/plates'), grid=dict(ranks=[1, 2])))
-    assert {j.name: j.params['ranks'] for j in plan.jobs} == {'ranks=1': 1, 'ranks=2': 2} and config_of(plan.jobs[0]).steps == 3
+    assert {j.name: j.params['ranks'] for j in plan.jobs} == {'ranks=1': 1, 'ranks=2': 2} and _config_of(plan.jobs[0]).steps == 3
 
 def test_a_kernel_that_is_buried_takes_what_it_started_with_it():
     code = "import subprocess, sys, time\np = subprocess.Popen(['sleep', '600'], start_new_session=True)\nprint(p.pid, flush=True)\ntime.sleep(600)"
