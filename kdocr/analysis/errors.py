@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from ..charset import Charset
 from ..metrics import Prediction, wilson
-from ..distill.ctc import greedy
+from ..distill.ctc import greedy_read
 from ..training.evaluation import read_frames
 from .compare import paired
 from .figures import percent_range
@@ -39,7 +39,7 @@ def by_frames(model:nn.Module, dataset, charset:Charset, # in eval mode; val or 
             logits = read_frames(model, b.images[:, :k], False) if together else alone[:, :k].mean(1)
             found[k] += [Prediction(key, text, r.text, r.confidence, layout, scenario, int(height))
                          for key, text, r, layout, scenario, height in
-                         zip(b.keys, b.texts, greedy(logits, charset), b.layouts, b.scenarios, b.heights)]
+                         zip(b.keys, b.texts, greedy_read(logits, charset), b.layouts, b.scenarios, b.heights)]
     return found
 
 def frames_table(readings:dict[str, dict[int, list[Prediction]]] # arm -> `by_frames`

@@ -30,7 +30,7 @@ from ..config import Config, load_config
 from ..data.degrade import Conditions, degrade, light, spectrum, track_conditions
 from ..data.icpr import Index, Track, index_data, read_image
 from ..data.batches import Data, ICPR_LPR_Distill_Dataset, ICPR_LPR_HR_Dataset, open_data
-from ..distill.ctc import greedy
+from ..distill.ctc import greedy_read
 from ..distill.losses import align_steps
 from ..distill.similarity import PcaRgb, attention_map, cosine_by_position, entropy, pca_rgb, spikes
 from ..training.run_folder import RunFolder
@@ -450,7 +450,7 @@ def _alignment_figure(s:_Side, t:_Side, part:str, i:int, tap:str, channel:int, m
     fig, label = _figure(9.5, 3.6), STRIP_STYLES[_ALIGNMENT_VIEWS[measure]][2] if _ALIGNMENT_VIEWS[measure] else 'entropy (nats)'
     left, right = fig.add_axes((.1, .27, .4, .55)), fig.add_axes((.6, .14, .39, .62))
     drawn = draw_strips(left, strips, asks_t.data.pack.hr.shape[3] if asks_t.data.pack.hr is not None else 128)
-    read_t, read_s = (greedy(o.taps['logits'], side.charset)[0] for o, side in ((b, t), (a, s)))
+    read_t, read_s = (greedy_read(o.taps['logits'], side.charset)[0] for o, side in ((b, t), (a, s)))
     says_t, says_s = (spikes(o.taps['logits']).ids[0].tolist() for o in (b, a))
     for h, ids, chars, than in ((-.05, says_t, t.about['charset'], None), (-.14, says_s, s.about['charset'], says_t if len(says_s) == len(says_t) and s.about['charset'] == t.about['charset'] else None)):
         _letters(left, ids, chars, h, '0.15', than)
@@ -697,7 +697,7 @@ class _Live:
         mode = model.training
         logits = model.eval().forward_taps(self.batch.images).logits
         model.train(mode)
-        return [(text, r.text, r.confidence) for text, r in zip(self.batch.texts, greedy(logits, t.charset))]
+        return [(text, r.text, r.confidence) for text, r in zip(self.batch.texts, greedy_read(logits, t.charset))]
 
     def update(self):
         "Read and draw; what it took is counted."

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core import KdocrError, to_device, nearest
 from ..charset import Charset
 from ..models.taps import to_fp32
-from .ctc import greedy
+from .ctc import greedy_read
 from .lattice import CharAlignment, log_likelihood, gather_chars
 
 # %% ../../nbs/distill/36_logit_terms.ipynb #0005
@@ -151,7 +151,7 @@ def seq_kd(s:Tensor, t:Tensor,       # (b,t,c) raw logits of student and teacher
     s, t = _pair(s, t)
     b, steps, c = s.shape
     if c != len(charset): raise KdocrError(f'the model has {c} classes, the charset {len(charset)} (blank included)')
-    texts = [r.text for r in greedy(t, charset)]
+    texts = [r.text for r in greedy_read(t, charset)]
     p = log_likelihood(t, texts, charset).exp() # (b,)
     n = [len(x) for x in texts]
     ids = [charset.encode(x) + [charset.blank]*(max(n) - len(x) + 1) for x in texts] # one more: a table has a column even if nobody speaks

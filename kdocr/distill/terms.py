@@ -15,7 +15,7 @@ from ..core import KdocrError, nearest
 from ..charset import Charset
 from ..models.taps import TapOut, tap_of
 from .losses import Projections, align_pair, tap_mse
-from .ctc import greedy
+from .ctc import greedy_read
 from .lattice import char_posteriors
 from .feature_terms import FEATURE_TERMS
 from .logit_terms import LOGIT_TERMS, logit_mse
@@ -138,4 +138,4 @@ def distill_losses(terms:Sequence[DistillTerm], s:TapOut, t:TapOut, # student an
     pairs = {tap: align_pair(tap, tap_of(s, tap), tap_of(t, tap), project) for tap in dict.fromkeys(term.tap for term in terms)}
     return {term.key: _DISTILL_TERMS[term.name](*pairs[term.tap], *(have[n] for n in _asks_for(term.name)), **term.options) for term in terms}
 
-def _read(logits, texts, charset): return texts if all(texts) else [r.text for r in greedy(logits, charset)]
+def _read(logits, texts, charset): return texts if all(texts) else [r.text for r in greedy_read(logits, charset)]

@@ -16,7 +16,7 @@ import submitit
 from ..core import (NO_SPACE, KdocrError, TemporaryFailure, Stopped, nearest, progress, read_json, stop_signals,
                         writable, write_json)
 from .status import read_status
-from .notebooks import NotebookRun, finish, notebook_path, one_line, start_notebook
+from .notebooks import NotebookRun, finish, notebook_path, short_error, start_notebook
 
 # %% ../../nbs/jobs/52_queue.ipynb #jb0005
 class Job(NamedTuple):
@@ -105,7 +105,7 @@ class _JobProcess:
         run = None
         try: run = start_notebook(self.notebook, folder, job.params, own=True); finish([run], self.notebook.stem)
         except Stopped as e: return 'stopped', str(e)
-        except Exception as e: return why(e, run), one_line(e if isinstance(e, KdocrError) else f'{type(e).__name__}: {e}')
+        except Exception as e: return why(e, run), short_error(e if isinstance(e, KdocrError) else f'{type(e).__name__}: {e}')
         return ('finished', '') if finished(folder, job.trains) else ('failed', f'{self.notebook.name} ran to its end and left no scores.json')
 
     def settle(self):

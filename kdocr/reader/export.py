@@ -22,7 +22,7 @@ from ..data.synth import synth
 from ..data.pack import decode_track
 from ..data.batches import to_input
 from ..models.frozen import fold_batchnorm
-from ..distill.ctc import greedy
+from ..distill.ctc import greedy_read
 from ..training.run_folder import RunFolder, load_checkpoint, model_of, on_disk
 from ..analysis.compare import data_of
 from .recogniser import session, weights_file
@@ -104,7 +104,7 @@ def compare_graph(model:nn.Module, file:Path|bytes, charset:Charset, batches) ->
         ours, theirs = model.forward_taps(x).logits, torch.from_numpy(run.run(['logits'], {'images': x.numpy()})[0])
         if ours.shape != theirs.shape: raise KdocrError(f'logits {tuple(ours.shape)} of the checkpoint, {tuple(theirs.shape)} of the file')
         n += len(x)
-        same += sum(a.text == b.text for a, b in zip(greedy(ours, charset), greedy(theirs, charset)))
+        same += sum(a.text == b.text for a, b in zip(greedy_read(ours, charset), greedy_read(theirs, charset)))
         apart = max(apart, float((ours.softmax(-1) - theirs.softmax(-1)).abs().max()))
         seen.add(x.shape[1])
     return _Comparison(n, same, apart, tuple(sorted(seen)))

@@ -13,7 +13,7 @@ from ..charset import LAYOUTS, Charset, layout_of
 from ..decoding import fit_temperature, log_softmax
 from ..metrics import Prediction
 from ..data.icpr import FRAMES
-from ..distill.ctc import greedy
+from ..distill.ctc import greedy_read
 from .device import autocast
 from .distributed import DistContext
 
@@ -44,7 +44,7 @@ def evaluate(model:nn.Module,      # with `forward_taps`
     for rows in torch.arange(len(dataset))[ctx.rank::ctx.world].split(batch_size):
         batch = dataset.batch(rows, 0, device, frames)
         with autocast(device, precision): logits = read_frames(model, batch.images, frames is not None) # (b,t,c)
-        tracks = zip(batch.keys, batch.texts, greedy(logits, charset), batch.layouts, batch.scenarios, batch.heights)
+        tracks = zip(batch.keys, batch.texts, greedy_read(logits, charset), batch.layouts, batch.scenarios, batch.heights)
         preds += [Prediction(key, text, r.text, r.confidence, layout, scenario, int(height))
                   for key, text, r, layout, scenario, height in tracks]
     model.train(mode)

@@ -14,7 +14,7 @@ from ..charset import Charset
 from ..config import Config
 from ..data.batches import Data, ICPR_LPR_HR_Dataset
 from ..data.icpr import FRAMES
-from ..distill.ctc import greedy
+from ..distill.ctc import greedy_read
 from ..distill.lattice import log_likelihood
 from .device import pick_device
 from .evaluation import read_frames
@@ -33,7 +33,7 @@ def _pseudo_labels(teacher:nn.Module, data:Data, cfg:Config,
     for part in torch.arange(len(clean)).split(64):
         batch = clean.batch(part, 0, device, FRAMES if alone else None)
         logits = read_frames(model, batch.images, alone) # (b,t,c)
-        texts = [r.text for r in greedy(logits, charset)]
+        texts = [r.text for r in greedy_read(logits, charset)]
         labels += zip(texts, log_likelihood(logits, texts, charset).exp().tolist())
     return labels
 

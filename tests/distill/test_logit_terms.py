@@ -5,7 +5,7 @@ import pytest, torch
 from torch.nn import functional as F
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
-from kdocr.distill.ctc import ctc_loss, greedy
+from kdocr.distill.ctc import ctc_loss, greedy_read
 from kdocr.distill.lattice import log_likelihood, char_posteriors
 from kdocr.distill.logit_terms import (LOGIT_TERMS, STEPS, _apart, _decouple, kl_char_aligned, dist, dkd, kl,
                                        logit_mse, kl_time_mean, seq_kd, kl_std)
@@ -255,7 +255,7 @@ def test_sequence_can_be_learnt():
     s = randn(2, 16, 37).requires_grad_()
     opt = torch.optim.Adam([s], .3)
     for _ in range(80): opt.zero_grad(); seq_kd(s, t, CS).backward(); opt.step()
-    assert [r.text for r in greedy(s, CS)] == ['ABC1D23', 'AAB1122']
+    assert [r.text for r in greedy_read(s, CS)] == ['ABC1D23', 'AAB1122']
 
 def test_sequence_of_another_charset():
     with pytest.raises(KdocrError, match='the model has 37 classes, the charset 3'): seq_kd(*pair(), AB)

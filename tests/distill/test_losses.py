@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from kdocr.distill.similarity import cosine_by_position, frame_agreement, linear_cka, pca_rgb, relative_mse, spikes
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
-from kdocr.distill.ctc import _CtcReading, check_spellable, ctc_loss, greedy
+from kdocr.distill.ctc import _CtcReading, check_spellable, ctc_loss, greedy_read
 from kdocr.distill.losses import Projections, align_steps, tap_mse, total_loss
 from kdocr.distill.terms import distill_losses as losses_of_terms, parse_terms
 from kdocr.models.taps import TapOut
@@ -64,20 +64,20 @@ def test_ctc_ignores_a_constant_added_to_the_logits():
     torch.testing.assert_close(ctc_loss(x + 5, ['ABC1D23']*2, CS), ctc_loss(x, ['ABC1D23']*2, CS))
 
 @pytest.mark.parametrize('path,text', [('ABC', 'ABC'), ('AABBCC', 'ABC'), ('A-A-A', 'AAA'), ('---', ''), ('-A--', 'A'), ('AA-AAB', 'AAB'), ('0-01', '001')])
-def test_greedy(path, text): assert greedy(say(path), CS)[0].text == text
+def test_greedy(path, text): assert greedy_read(say(path), CS)[0].text == text
 
 def test_greedy_confidence():
     logits = torch.stack([say('A')[0, 0], say('A', sure=3.)[0, 0], say('-')[0, 0], say('B', sure=4.)[0, 0]])[None]
     p = lambda z: math.exp(z)/(math.exp(z) + 36)
-    r = greedy(logits, CS)[0]
+    r = greedy_read(logits, CS)[0]
     assert r.text == 'AB' and r.char_confidence == pytest.approx((p(6), p(4))) and r.confidence == pytest.approx((p(6) + p(4))/2)
-    assert greedy(say('--'), CS) == [_CtcReading('', 0., ())]
+    assert greedy_read(say('--'), CS) == [_CtcReading('', 0., ())]
 
 def test_greedy_undoes_what_ctc_teaches():
     x = randn(2, 16, 37).requires_grad_()
     opt = torch.optim.Adam([x], .3)
     for _ in range(80): opt.zero_grad(); ctc_loss(x, ['ABC1D23', 'AAB1122'], CS).backward(); opt.step()
-    assert [r.text for r in greedy(x, CS)] == ['ABC1D23', 'AAB1122']
+    assert [r.text for r in greedy_read(x, CS)] == ['ABC1D23', 'AAB1122']
 
 # ---- distillation
 
