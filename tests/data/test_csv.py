@@ -14,7 +14,7 @@ from kdocr.core import KdocrError, read_json
 from kdocr.data.batches import open_data
 from kdocr.data.icpr import hidden_folder, check, index_data, make_split, text_faults
 from kdocr.data.pack import _open_pack
-from kdocr.training.command import main as train_kd
+from kdocr.training.command import train_command as train_kd
 
 WORDS = ['ab', 'né', 'ñandú', 'a-b', 'bb', 'ça va', 'été', 'da', 'ébène', 'nu', 'd-é', 'vue']
 CHARS = 'abdenuvtç éèñú-'

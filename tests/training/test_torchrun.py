@@ -38,8 +38,8 @@ EVAL_BATCHNORM = '''
 import sys
 from torch import nn
 nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
-from kdocr.training.command import main
-sys.exit(main())'''
+from kdocr.training.command import train_command
+sys.exit(train_command())'''
 
 def test_two_processes_train_as_one_does(quiet, tmp_path):
     "With BatchNorm in eval mode: in train mode each CPU rank normalises by its own shard, as DistributedDataParallel does."
@@ -68,14 +68,14 @@ def test_what_both_cannot_do_is_refused(tmp_path):
 
 STOP = '''
 import os, signal, sys
+from kdocr.training.command import train_command
 from kdocr.training.trainer import Trainer
-from kdocr.training.command import main
 whole, at, how = Trainer.losses, int(os.environ['AT']), getattr(signal, os.environ['HOW'])
 def losses(self, batch):
     if self.step == at and self.ctx.rank == 1: os.kill(os.getpid(), how)
     return whole(self, batch)
 Trainer.losses = losses
-sys.exit(main())'''
+sys.exit(train_command())'''
 
 
 def test_a_training_whose_rank_was_stopped_goes_on_as_if_nothing_had_been(quiet, tmp_path):

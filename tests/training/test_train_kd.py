@@ -15,7 +15,7 @@ from kdocr.training.networks import load_teacher, new_model, new_student
 from kdocr.training.run_folder import RunFolder, load_checkpoint, load_model, save_checkpoint, state_hash
 from kdocr.training.trainer import Trainer
 from kdocr.training.train_kd import new_trainer, train_kd
-from kdocr.training.command import main, parse
+from kdocr.training.command import train_command, parse
 from small_runs import SMALL, drawn, flags, same, small
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -108,7 +108,7 @@ def test_without_clean_hr_the_teacher_sees_the_students_view(student_cfg):
 def test_a_finished_run_is_reported_not_trained(teacher_run, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, 'fit', lambda self: pytest.fail('trained again'))
     before = {p: p.read_bytes() for p in teacher_run.path.rglob('*') if p.is_file() and p.name != 'env.json'}
-    assert main([*flags(**SMALL, data=drawn(), out=teacher_run.path.parent, name='hr')]) == 0
+    assert train_command([*flags(**SMALL, data=drawn(), out=teacher_run.path.parent, name='hr')]) == 0
     assert f'{teacher_run.path}: val (HR)' in capsys.readouterr().out
     assert before == {p: p.read_bytes() for p in before}
 
@@ -117,7 +117,7 @@ def test_a_finished_run_is_reported_not_trained(teacher_run, capsys, monkeypatch
 def fails(capsys):
     "Run the command, expect exit status 2 and one line that says each of `words`."
     def run(argv, *words):
-        assert main([str(a) for a in argv]) == 2
+        assert train_command([str(a) for a in argv]) == 2
         err = capsys.readouterr().err.strip().split('\n')[-1]
         for w in words: assert w in err
         assert 'Traceback' not in err
