@@ -73,8 +73,8 @@ def _check(a):
     return 1 if check(a.folder, Charset(read_charset(a.charset)), a.width).faults else 0
 
 def _pack(a):
-    from kdocr.data.pack import _pack_data
-    _pack_data(a.folder, a.out, a.height, a.width, a.n_degraded, a.workers, a.skip_faulty)
+    from kdocr.data.pack import pack_data
+    pack_data(a.folder, a.out, a.height, a.width, a.n_degraded, a.workers, a.skip_faulty)
 
 # %% ../nbs/80_cli.ipynb #6932b244
 _DATA = (
@@ -128,10 +128,10 @@ def _run(a):
     print(run_notebook(notebook, folder, params, a.timeout))
 
 def _runs(a):
-    from kdocr.jobs.runs import _runs_text, _read_runs, select, run_settings
-    rows = select(_read_runs(a.results), a.filter, a.sort, a.reverse)
+    from kdocr.jobs.runs import runs_text, read_runs, select, run_settings
+    rows = select(read_runs(a.results), a.filter, a.sort, a.reverse)
     if a.json: print(json.dumps([{'config': run_settings(r), **r} for r in rows], indent=2, ensure_ascii=False, default=str))
-    else: print(_runs_text(rows))
+    else: print(runs_text(rows))
 
 # %% ../nbs/80_cli.ipynb #7117b38d
 _RUNS = (
@@ -243,8 +243,8 @@ def _export(a):
     export(a.ckpt, a.out, a.half, a.data)
 
 def _card(a):
-    from kdocr.reader.model_card import _write_model_card
-    print(_write_model_card(a.run, a.out, dict(a.also)))
+    from kdocr.reader.model_card import write_model_card
+    print(write_model_card(a.run, a.out, dict(a.also)))
 
 # %% ../nbs/80_cli.ipynb #47f9ee7a
 _LEAVING = (

@@ -203,8 +203,8 @@ def config_fields():
 AT_MOST = { # what is measured -> (how many at most, what is counted)
     'tokens': (134_700, lambda: sum(tokens().values())),
     'non-blank lines': (10_310, lambda: sum(bool(l.strip()) for p in FILES for l in p.read_text().splitlines())),
-    'lines over 120 characters': (1166, long_lines),
-    'public names': (465, public_names),
+    'lines over 120 characters': (1168, long_lines),
+    'public names': (470, public_names),
     'public names in two modules': (0, lambda: [f'{n}: {", ".join(ps)}' for n, ps in public_names().items() if len(ps) > 1]),
     'modules at the root': (8, lambda: [p.name for p in LIB.glob('*.py') if p.name != '_modidx.py']),
     'exports without a lesson': (104, without_lesson),

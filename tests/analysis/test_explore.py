@@ -447,7 +447,7 @@ def test_a_watched_run_is_the_same_run(results, tmp_path, more):
     read = view.read()
     best = a.modules['average'].model if more else a.model
     mode = best.training
-    want = explore.greedy(best.eval().forward_taps(view.batch.images).logits, a.charset)
+    want = explore.greedy_read(best.eval().forward_taps(view.batch.images).logits, a.charset)
     assert [(r[1], r[2]) for r in read] == [(w.text, w.confidence) for w in want] and best.train(mode) is best
     ax = _live_figure(view.log, read, view.pictures, 'b', 4, True, 0).axes
     assert np.allclose(lines(ax[0])[0].get_ydata(), view.log.ctc.dropna()) and len(ax[2].images) == 3 and ax[1].get_xlim() == (0, 4)

@@ -19,7 +19,7 @@ from conftest import annotate, write_track
 from kdocr.cli import main
 from kdocr.core import KdocrError
 from kdocr.data.icpr import index_data
-from kdocr.data.pack import PACK_VERSION, decode_track, _fingerprint, _npy_header, _open_pack, pack, _pack_data
+from kdocr.data.pack import PACK_VERSION, decode_track, _fingerprint, _npy_header, _open_pack, pack, pack_data
 
 ARRAYS = ('lr', 'hr', 'degraded')
 
@@ -319,7 +319,7 @@ def test_where_the_disk_is_memory_the_memory_counts(tmp_path, monkeypatch):
 
 
 FULL = '''
-p.check_pack_space = lambda *a: None # as if others had filled the disk since
+p._check_pack_space = lambda *a: None # as if others had filled the disk since
 try: p.pack(index_data(sys.argv[1]).train, sys.argv[2], n_degraded=9, workers=int(sys.argv[3]))
 except p.KdocrError as e: print(e)
 print(sorted(f for f in os.listdir(sys.argv[2]) if f != '.lock'))
@@ -365,7 +365,7 @@ def test_the_command_packs_what_training_looks_for(competition, capsys, monkeypa
 
 def test_the_command_takes_a_folder_and_a_size(competition, tmp_path, capsys):
     (competition/'test_labels.csv').unlink() # a test part without texts is not packed
-    [p] = _pack_data(competition, tmp_path/'packs', height=48, width=96)
+    [p] = pack_data(competition, tmp_path/'packs', height=48, width=96)
     assert p.lr.shape == (12, 5, 48, 96, 3) and p.folder.parent == tmp_path/'packs' and not (competition/'.kdocr').exists()
     assert capsys.readouterr().out.count('\n') == 1 and (tmp_path/'packs/index.json').is_file()
 

@@ -4,7 +4,7 @@ import pytest
 from kdocr.cli import main
 from kdocr.config import make_config, save_config
 from kdocr.core import KdocrError
-from kdocr.jobs.runs import (_format_age, _at_work, _runs_text, _log_end, _read_runs, _run_folders, select,
+from kdocr.jobs.runs import (_format_age, _at_work, runs_text, _log_end, read_runs, _run_folders, select,
                              run_settings, _total_steps)
 from kdocr.training.run_folder import RunFolder
 from kdocr.jobs.status import Status, _utc
@@ -37,28 +37,28 @@ def states(rows): return {r['name']: r['state'] for r in rows}
 
 
 def test_rows(results):
-    rows = {r['name']: r for r in _read_runs(results)}
+    rows = {r['name']: r for r in read_runs(results)}
     assert states(rows.values()) == {'begun': 'new', 'ctc': 'failed', 'exp/soft-0': 'running', 'exp/soft-1': 'dead', 'hr': 'finished'}
     hr, soft = rows['hr'], rows['exp/soft-1']
     assert [hr[k] for k in ('step', 'steps', 'mode', 'arm', 'seed', 'val', 'test', 'n')] == [10, 10, 'teacher', None, 0, .9, .5, 300] and 0 <= hr['age'] < 100
     assert [soft[k] for k in ('step', 'steps', 'mode', 'arm', 'seed', 'val', 'test')] == [4, 10, 'student', 'soft', 1, None, None] and run_settings(soft)['lr'] == .01
     assert rows['ctc']['error'] == 'ValueError: no'
-    assert [r['name'] for r in _read_runs(results/'hr')] == ['hr'] and [r['name'] for r in _read_runs(results/'exp')] == ['soft-0', 'soft-1']
+    assert [r['name'] for r in read_runs(results/'hr')] == ['hr'] and [r['name'] for r in read_runs(results/'exp')] == ['soft-0', 'soft-1']
 
 def test_of_two_testimonies_the_newer_counts(results):
     make(results, 'a', status=dict(state='stopped'))
     (results/'a/scores.json').write_text(json.dumps(scored(.1)))              # finished afterwards, by train_kd
     make(results, 'b', scores=scored(.1))
     (results/'b/status.json').write_text(json.dumps(dict(state='failed', pid=1, host='x', heartbeat=_utc(), attempt=1, error='no figure'))) # the notebook failed after its training
-    assert [states(_read_runs(results))[k] for k in 'ab'] == ['finished', 'failed']
+    assert [states(read_runs(results))[k] for k in 'ab'] == ['finished', 'failed']
 
 def test_a_training_without_a_notebook_is_seen_at_work(results):
     run = RunFolder(make(results, 'r', 3))
-    assert states(_read_runs(results))['r'] == 'stopped'
+    assert states(read_runs(results))['r'] == 'stopped'
     code = f"from kdocr.core import try_lock\nfrom pathlib import Path\nwith try_lock(Path({str(run.path/'.lock')!r}), 'training'): print('in', flush=True); input()"
     with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == 'in\n'
-        assert states(_read_runs(results))['r'] == 'running' and _at_work(run.path)
+        assert states(read_runs(results))['r'] == 'running' and _at_work(run.path)
         other.kill()
     assert not _at_work(run.path)
     with run.alone(): pass # looking took nothing
@@ -66,13 +66,13 @@ def test_a_training_without_a_notebook_is_seen_at_work(results):
 def test_a_notebook_that_never_came_to_a_config(tmp_path):
     (tmp_path/'r/x').mkdir(parents=True)
     Status(tmp_path/'r/x').end('failed', error='KdocrError: no such folder')
-    assert [(r['name'], r['state'], r['step'], r['mode'], r['error']) for r in _read_runs(tmp_path/'r')] == [('x', 'failed', 0, None, 'KdocrError: no such folder')]
+    assert [(r['name'], r['state'], r['step'], r['mode'], r['error']) for r in read_runs(tmp_path/'r')] == [('x', 'failed', 0, None, 'KdocrError: no such folder')]
 
 @pytest.mark.parametrize('file, text', [('config.yaml', 'mode: ['), ('config.yaml', ''), ('config.yaml', '- a'), ('config.yaml', b'\xff\xfe'), ('scores.json', '{'), ('scores.json', ''), ('scores.json', '[1]'),
                                         ('scores.json', '{"test": [1]}'), ('status.json', '{}'), ('status.json', 'null'), ('status.json', '{"state": "running", "pid": "x", "host": "y", "heartbeat": "soon"}'), ('metrics.jsonl', 'no\n'), ('metrics.jsonl', '[1]\n')])
 def test_a_damaged_folder_is_a_row_and_stops_nobody(results, file, text, capsys):
     (results/'hr'/file).write_bytes(text if isinstance(text, bytes) else text.encode())
-    rows = {r['name']: r for r in _read_runs(results)}
+    rows = {r['name']: r for r in read_runs(results)}
     assert rows['hr']['state'] == 'damaged' and rows['hr']['error'] and len(rows) == 5 and rows['exp/soft-0']['state'] == 'running'
     assert main(['runs', str(results), '--filter', 'lr=0.003']) == 0 and main(['runs', str(results), '--json']) == 0
     assert 'soft-0' in capsys.readouterr().out
@@ -80,9 +80,9 @@ def test_a_damaged_folder_is_a_row_and_stops_nobody(results, file, text, capsys)
 def test_a_fault_that_only_a_filter_finds(results, capsys):
     "Where the five lines of the columns can be read, and the rest cannot."
     with open(results/'hr/config.yaml', 'a') as f: f.write('lr: [')
-    assert states(_read_runs(results))['hr'] == 'finished'
+    assert states(read_runs(results))['hr'] == 'finished'
     assert main(['runs', str(results), '--json']) == 0
-    assert {r['name']: r['state'] for r in json.loads(capsys.readouterr().out)}['hr'] == 'damaged' and select(_read_runs(results), ['lr=0.01'])[0]['name'] == 'exp/soft-1'
+    assert {r['name']: r['state'] for r in json.loads(capsys.readouterr().out)}['hr'] == 'damaged' and select(read_runs(results), ['lr=0.01'])[0]['name'] == 'exp/soft-1'
 
 def test_a_log_being_written(tmp_path):
     log = tmp_path/'metrics.jsonl'
@@ -100,18 +100,18 @@ def test_steps_from_epochs():
 @pytest.mark.parametrize('filters, names', [
     (['state=finished'], ['hr']), (['arm=soft'], ['exp/soft-0', 'exp/soft-1']), (['arm=s?ft', 'seed=1'], ['exp/soft-1']), (['name=exp/*'], ['exp/soft-0', 'exp/soft-1']), (['lr=1e-2'], ['exp/soft-1']),
     (['test=0.5'], ['hr']), (['distill_taps=logits', 'distill_weight=0'], ['ctc']), (['clean_hr_guided=true', 'mode=teacher'], ['begun', 'hr']), (['data=none', 'seed=1'], ['exp/soft-1']), (['arm='], ['begun', 'hr']), (['seed=x'], [])])
-def test_filters(results, filters, names): assert [r['name'] for r in select(_read_runs(results), filters)] == names
+def test_filters(results, filters, names): assert [r['name'] for r in select(read_runs(results), filters)] == names
 
 @pytest.mark.parametrize('sort, reverse, names', [('name', False, ['begun', 'ctc', 'exp/soft-0', 'exp/soft-1', 'hr']), ('step', True, ['hr', 'ctc', 'exp/soft-1', 'exp/soft-0', 'begun']),
                                                   ('lr', True, ['exp/soft-1', 'hr', 'exp/soft-0', 'ctc', 'begun']), ('test', False, ['hr', 'begun', 'ctc', 'exp/soft-0', 'exp/soft-1'])])
-def test_sorting(results, sort, reverse, names): assert [r['name'] for r in select(_read_runs(results), sort=sort, reverse=reverse)] == names
+def test_sorting(results, sort, reverse, names): assert [r['name'] for r in select(read_runs(results), sort=sort, reverse=reverse)] == names
 
 def test_the_table(results, capsys):
     assert main(['runs', str(results), '--sort', 'test']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ['run', 'state', 'step', 'mode', 'arm', 'seed', 'val', '%', 'test', '%', 'n', 'age', 'error']
     assert lines[1].split()[:9] == ['hr', 'finished', '10', 'of', '10', 'teacher', '0', '90.0', '50.0'] and lines[-1] == '5 runs: 1 dead, 1 failed, 1 finished, 1 new, 1 running'
-    assert [_format_age(s) for s in (None, 59, 60, 3600, 86400 * 9)] == ['', '59 s', '1 min', '1 h', '9 d'] and _runs_text([]) == 'no runs'
+    assert [_format_age(s) for s in (None, 59, 60, 3600, 86400 * 9)] == ['', '59 s', '1 min', '1 h', '9 d'] and runs_text([]) == 'no runs'
 
 def test_json_says_all(results, capsys):
     assert main(['runs', str(results), '--json', '--filter', 'name=hr']) == 0

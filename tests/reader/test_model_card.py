@@ -7,7 +7,7 @@ import yaml
 from kdocr.cli import main
 from kdocr.core import KdocrError, read_json, write_json
 from kdocr.metrics import Prediction, wilson, write_predictions
-from kdocr.reader.model_card import card_text, model_card, _write_model_card
+from kdocr.reader.model_card import card_text, model_card, write_model_card
 from kdocr.training.train_kd import train_kd
 from small_runs import drawn, small
 
@@ -71,6 +71,6 @@ def test_what_has_no_card(run, tmp_path):
     with pytest.raises(KdocrError, match='no run folder'): model_card(drawn())
     (tmp_path/'config.yaml').write_text('name: x\n')
     with pytest.raises(KdocrError, match='not finished; a card tells of finished runs'): model_card(tmp_path)
-    with pytest.raises(KdocrError, match='nowhere.csv: no such file'): _write_model_card(run, tmp_path, {'x': tmp_path/'nowhere.csv'})
+    with pytest.raises(KdocrError, match='nowhere.csv: no such file'): write_model_card(run, tmp_path, {'x': tmp_path/'nowhere.csv'})
     (tmp_path/'file').touch()
-    with pytest.raises(KdocrError, match='could not be written'): _write_model_card(run, tmp_path/'file')
+    with pytest.raises(KdocrError, match='could not be written'): write_model_card(run, tmp_path/'file')
