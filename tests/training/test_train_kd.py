@@ -188,7 +188,7 @@ def test_the_seeds_two_lines(tmp_path):
     (tmp_path/'train_kd.py').write_bytes((ROOT/'train_kd.py').read_bytes())
     for words in ('train_kd.py --mode teacher --config configs/icpr_hr.yaml',
                   'train_kd.py --mode student --config configs/icpr_distill.yaml --teacher-ckpt results/restran_hr_teacher_best.pth',
-                  '-m kdocr.training.train_kd --mode student --config icpr_distill --student-init teacher --name from_teacher'):
+                  '-m kdocr.training.command --mode student --config icpr_distill --student-init teacher --name from_teacher'):
         done = line(words)
         assert done.returncode == 0, done.stderr
     assert 'results/from_teacher: val (LR)' in done.stdout

@@ -191,7 +191,7 @@ def undisturbed(tmp_path_factory): return train_kd(small(tmp_path_factory.mktemp
 
 DIES = """
 import os, signal, sys, torch
-from kdocr.training import trainer as train, train_kd
+from kdocr.training import trainer as train, command
 losses, save, saved = train.Trainer.losses, torch.save, []
 def die_in_step(self, batch):
     if self.step == 7: os.kill(os.getpid(), getattr(signal, sys.argv[1]))
@@ -202,7 +202,7 @@ def die_in_save(obj, f):
     save(obj, f)
 if sys.argv[2] == 'step': train.Trainer.losses = die_in_step
 if sys.argv[2] == 'save': torch.save = die_in_save
-sys.exit(train_kd.main(sys.argv[3:]))
+sys.exit(command.train_command(sys.argv[3:]))
 """
 
 
