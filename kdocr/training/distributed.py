@@ -137,4 +137,7 @@ def data_parallel(model:nn.Module, ctx:DistContext, device:torch.device) -> nn.M
     "Return a module from images to `TapOut`; with several ranks its backward pass averages the gradients over them."
     if ctx.world == 1: return TapsModule(model)
     ids = [device.index] if device.type == 'cuda' else None
-    return DistributedDataParallel(TapsModule(model), device_ids=ids, find_unused_parameters=True)
+    _ALIVE.append(DistributedDataParallel(TapsModule(model), device_ids=ids, find_unused_parameters=True))
+    return _ALIVE[-1]
+
+_ALIVE = [] # freed after a partner was killed, it would wait for that partner forever (torch 2.13, gloo)
