@@ -48,6 +48,7 @@ class DistContext:
 
     def destroy(self):
         "End the process group and its threads."
+        _ALIVE.clear()
         if self.world > 1 and dist.is_initialized(): dist.destroy_process_group()
 
     def __enter__(self): return self
@@ -140,4 +141,4 @@ def data_parallel(model:nn.Module, ctx:DistContext, device:torch.device) -> nn.M
     _ALIVE.append(DistributedDataParallel(TapsModule(model), device_ids=ids, find_unused_parameters=True))
     return _ALIVE[-1]
 
-_ALIVE = [] # freed after a partner was killed, it would wait for that partner forever (torch 2.13, gloo)
+_ALIVE = [] # until `destroy`: freed after a partner was killed, it would wait for it forever (torch 2.13, gloo)
