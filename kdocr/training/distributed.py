@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional # early: imported later, it keeps the process group alive after `destroy`
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from ..core import KdocrError
@@ -47,8 +46,7 @@ class DistContext:
         return ctx
 
     def destroy(self):
-        "End the process group and its threads."
-        _ALIVE.clear()
+        "End the process group."
         if self.world > 1 and dist.is_initialized(): dist.destroy_process_group()
 
     def __enter__(self): return self
@@ -141,4 +139,4 @@ def data_parallel(model:nn.Module, ctx:DistContext, device:torch.device) -> nn.M
     _ALIVE.append(DistributedDataParallel(TapsModule(model), device_ids=ids, find_unused_parameters=True))
     return _ALIVE[-1]
 
-_ALIVE = [] # until `destroy`: freed after a partner was killed, it would wait for it forever (torch 2.13, gloo)
+_ALIVE = [] # never freed: with gloo that waits forever in one of six ends (torch 2.13); a rank leaves by os._exit

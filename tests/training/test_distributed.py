@@ -93,9 +93,12 @@ def dies(ctx, out):
 def main(job, out):
     torch.set_num_threads(1)
     with DistContext.init('cpu') as ctx: {'all_jobs': all_jobs, 'fails': fails, 'dies': dies}[job](ctx, Path(out))
-    (Path(out)/f'threads{ctx.rank}').write_text(' '.join(p.read_text().strip() for p in Path('/proc/self/task').glob('*/comm')))
 
-if __name__ == '__main__': sys.exit(guard(main, *sys.argv[1:]))
+if __name__ == '__main__': # a rank leaves by os._exit, as `kdocr.training.command` does: gloo's threads may abort an orderly exit
+    status = guard(main, *sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # ------------------------------------------------------------------ two ranks against one
@@ -112,11 +115,6 @@ def both(tmp_path_factory):
     done = torchrun('all_jobs', out)
     assert done.returncode == 0, done.stderr
     return [torch.load(out/f'{r}.pt', weights_only=False) for r in range(2)]
-
-def test_nobody_carries_messages_after_leaving(both, tmp_path_factory):
-    "A thread of gloo's that outlives the group may abort the process at its very end, one time in thirty on a busy machine."
-    threads = [p.read_text() for p in tmp_path_factory.getbasetemp().glob('ranks[0-9]/threads*')]
-    assert len(threads) == 2 and not any('gloo' in t for t in threads), threads
 
 def close(a, b, atol=1e-5):
     assert a.keys() == b.keys()
