@@ -171,7 +171,7 @@ class Config(BaseModel):
 
     unlabelled: Literal['drop', 'distill', 'pseudo_label'] = 'drop'
     """Training tracks without a label. drop: leave them out; distill: compare with the teacher there, without CTC;
-    read: what the teacher reads in their HR frames is their label, where it is sure."""
+    pseudo_label: what the teacher reads in their HR frames is their label, where it is confident."""
     pseudo_label_conf: float = Field(0.9, ge=0, le=1)
     "How sure: the teacher's probability of the whole text."
     allow_leak: bool = False
@@ -226,7 +226,7 @@ def _one_error(err): # as pydantic reports it
 CONFIGS = Path(str(files('kdocr')/'assets'/'configs'))
 
 def _config_path(name:str|Path # a path, or the name of a shipped config with or without `configs/` and `.yaml`
-               ) -> Path:
+                ) -> Path:
     "The file that `name` means. Raises `KdocrError` with the shipped names where there is none."
     p = Path(name).expanduser()
     shipped = CONFIGS/f'{p.name.removesuffix(".yaml")}.yaml'

@@ -69,7 +69,7 @@ def writable(folder:str|Path) -> bool:
 # %% ../nbs/01_core.ipynb #new2035
 @contextmanager
 def wait_lock(folder:Path # made where missing
-          ):
+             ):
     "Hold the folder's lock; the system frees it when the process ends, however it ends."
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'.lock', 'w') as f:
@@ -88,8 +88,8 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def try_lock(lock:Path, # a file that stands for the work
-         what:str   # in one word, for the others to read
-        ):
+             what:str   # in one word, for the others to read
+            ):
     "Hold the lock for the length of a `with`; the system frees it when the process ends, however it ends. Raises `TemporaryFailure` naming who holds it."
     with open(lock, 'a+', encoding='utf-8') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,8 +132,8 @@ def np_rng(*parts) -> np.random.Generator:
 
 # %% ../nbs/01_core.ipynb #new2938
 def to_device(x,      # a tensor
-          device  # a torch device, or its name
-         ):
+              device  # a torch device, or its name
+             ):
     "`x` on the device; to a GPU by way of pinned memory, so that nobody waits."
     away = getattr(device, 'type', str(device).split(':')[0]) == 'cuda' and x.device.type == 'cpu'
     return x.pin_memory().to(device, non_blocking=True) if away else x.to(device)

@@ -52,8 +52,8 @@ def _sweep(log_probs, ids) -> tuple[np.ndarray, np.ndarray]: # what arrives befo
     return before, after
 
 def _log_prob(log_probs:np.ndarray, # (b,t,c)
-             texts:list[str],      # b of them
-             charset:Charset) -> np.ndarray: # (b,) nats; -inf where the steps are too few
+              texts:list[str],      # b of them
+              charset:Charset) -> np.ndarray: # (b,) nats; -inf where the steps are too few
     "The logarithm of the probability that each text is said."
     arrived = _sweep(log_probs, _padded(texts, charset))[0][-1]
     return arrived[np.arange(len(texts)), 2*_sizes(texts)]
@@ -147,7 +147,7 @@ def _place(part, pattern, charset) -> np.ndarray: # (c,) bool
     return may
 
 def _patterns(layout:str # a name in `LAYOUTS`, 'either', or patterns with | between them
-            ) -> list[str]:
+             ) -> list[str]:
     "The patterns that a layout stands for."
     if layout == 'either': return list(LAYOUTS.values())
     names = {k.lower(): v for k, v in LAYOUTS.items()}
@@ -309,10 +309,10 @@ def _may_stand(texts, charset, g) -> np.ndarray: # (b,n,c) bool: whether the tex
     return may
 
 def reading_of(log_probs:np.ndarray, # (b,t,c)
-          texts:list[str],      # b of them, read by whatever decoder
-          charset:Charset,
-          layout:str=''         # what they must fit; '': anything may be said
-         ) -> list[PlateReading]:
+               texts:list[str],      # b of them, read by whatever decoder
+               charset:Charset,
+               layout:str=''         # what they must fit; '': anything may be said
+              ) -> list[PlateReading]:
     "How sure each text is. A text that cannot be said, or does not fit, has 0."
     g, p = grammar(layout, charset) if layout else None, _log_prob(log_probs, texts, charset)
     if g: p = np.where([charset.encode(x) in g for x in texts], p - log_mass(log_probs, g), -inf)
@@ -329,15 +329,15 @@ def sum_frames(log_probs:np.ndarray # (f,t,c) of the frames of one plate
     return log_softmax(log_probs.mean(0))
 
 def vote_frames(texts:list[str],         # one a frame
-         confidence:list[float]   # of each
-        ) -> str:
+                confidence:list[float]   # of each
+               ) -> str:
     "The text that most frames read; of those with as many, the one with the most confidence."
     n, sure = Counter(texts), Counter()
     for x, c in zip(texts, confidence): sure[x] += c
     return max(n, key=lambda x: (n[x], sure[x], x))
 
 def average_views(readings:list[PlateReading] # of one text, a frame each
-            ) -> PlateReading:
+                 ) -> PlateReading:
     "That text, with the mean of the frames' confidences."
     return PlateReading(readings[0].text, float(np.mean([r.confidence for r in readings])), tuple(np.mean([r.char_confidence for r in readings], 0).tolist()))
 

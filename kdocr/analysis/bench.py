@@ -41,9 +41,9 @@ from .figures import save_figure, use_style
 
 # %% ../../nbs/analysis/67_bench.ipynb #0006
 def _in_turns(arms:dict[str, Callable], # name -> takes its turn, returns what it measured
-             rounds:int,
-             warmup:int=1,             # rounds that are thrown away
-            ) -> Iterator[tuple[int, str, object]]: # round, name, measurement
+              rounds:int,
+              warmup:int=1,             # rounds that are thrown away
+             ) -> Iterator[tuple[int, str, object]]: # round, name, measurement
     "Let all arms measure in every round, in an order that rotates."
     names = list(arms)
     for r in range(-warmup, rounds):
@@ -120,8 +120,8 @@ def _serve(): # runs in that process
 
 # %% ../../nbs/analysis/67_bench.ipynb #0013
 def _bench_configs(place:Path, # the bench's folder, with `plates` in it
-                  **fields    # of the config, for all arms
-                 ) -> dict[str, Config]:
+                   **fields    # of the config, for all arms
+                  ) -> dict[str, Config]:
     "Return the config of each training that is compared: CTC, live teacher, cached teacher."
     place = Path(place)
     common = dict(mode='student', name='bench', out=place/'runs', data=place/'plates', val_frac=.4, aug_strength=1.,
@@ -175,8 +175,8 @@ def _plain_loader(cfg:Config, data:Data,
 
 # %% ../../nbs/analysis/67_bench.ipynb #001c
 def _plain_loss(batch:dict, # as the loader yields it
-               cfg:Config, student:nn.Module, teacher:nn.Module|None=None,
-               project:nn.Module|None=None) -> Tensor: # scalar
+                cfg:Config, student:nn.Module, teacher:nn.Module|None=None,
+                project:nn.Module|None=None) -> Tensor: # scalar
     "Return CTC as in torch's documentation, with the distillation losses where there is a teacher."
     charset, device = Charset(cfg.charset), next(student.parameters()).device
     s = student.forward_taps(batch['images'].to(device))
@@ -304,8 +304,8 @@ def _training(place:Path, rounds:int, steps:int,
 
 # %% ../../nbs/analysis/67_bench.ipynb #002e
 def _multiply(folder:Path, # whose training tracks are repeated
-             out:Path,    # must not exist; on the same file system
-             n:int) -> Path: # `out`
+              out:Path,    # must not exist; on the same file system
+              n:int) -> Path: # `out`
     "Make a folder of `n` training tracks out of hard links. Raise `KdocrError` where the system cannot link."
     root, out = Path(folder).resolve(), Path(out)
     tracks = index_data(root).train

@@ -65,14 +65,14 @@ def read_run(path:str|Path # a run folder
     return Run(folder.path, load_config(folder.config), parts, {**{k: env.get(k) for k in _FACTS}, 'steps': scores.get('steps')})
 
 def _finished_runs(folder:str|Path # a results folder
-                 ) -> list[Path]:
+                  ) -> list[Path]:
     "The run folders in it that are finished, by name."
     return sorted(p.parent for p in Path(folder).glob('*/scores.json') if (p.parent/'config.yaml').is_file())
 
 # %% ../../nbs/analysis/60_compare.ipynb #04fd4264
 def data_places(run:Path, cfg:Config, # its folder and settings
-           named:Path            # a path in them
-          ) -> list[Path]:       # the likeliest first, all of them absolute
+                named:Path            # a path in them
+               ) -> list[Path]:       # the likeliest first, all of them absolute
     "Where a file or folder that a run names may lie by now."
     above, out = run.absolute().parents, cfg.out
     start = [above[len(out.parts)]] if not out.is_absolute() and len(out.parts) < len(above) else []
@@ -126,7 +126,7 @@ def arm_name(cfg:Config) -> str:
     return f"{start}, {'distilled' if uses_teacher(cfg) else 'control'}"
 
 def _disambiguate(names:list[str], settings:list[dict] # one of each for every run or arm, the same keys in all
-              ) -> list[str]:
+                 ) -> list[str]:
     "The names, where two are equal with the settings in which these two differ."
     def more(name, mine):
         same = [s for s, n in zip(settings, names) if n == name]
@@ -139,7 +139,7 @@ def run_labels(cfgs:list[Config]) -> list[str]:
 
 # %% ../../nbs/analysis/60_compare.ipynb #cmp012
 def _aligned(readings:list[list[Prediction]] # of each run, in any order
-           ) -> tuple[np.ndarray, list[str]]: # right (runs,n) bool, and the tracks' texts
+            ) -> tuple[np.ndarray, list[str]]: # right (runs,n) bool, and the tracks' texts
     "Who read what right, track by track. Raises `KdocrError` where two runs read different tracks."
     keys, found = [p.key for p in readings[0]], [{p.key: p.right for p in r} for r in readings]
     for r, f in zip(readings, found):
@@ -274,15 +274,15 @@ def _shared(run): # what a control has in common with the arms that it is the co
     return {k: v for k, v in _settings_key(run).items() if k not in drop}
 
 def _check_control(a:Arm, c:Arm # said to be the control of `a`
-                 ) -> None:
+                  ) -> None:
     "Raises `KdocrError` naming the settings that make `c` no control of `a`."
     faults = differences(_shared(c.runs[0]), _shared(a.runs[0]))
     if uses_teacher(c.cfg): faults = [f'a teacher teaches it (distill_weight {c.cfg.distill_weight:g}, unlabelled {c.cfg.unlabelled})', *faults]
     if faults: raise KdocrError(f'arm {a.name!r}: {c.name!r} is not a control: {"; ".join(faults)}')
 
 def _control_arm(a:Arm, arms:list[Arm],
-                named:str=''            # an arm that is to be the control of all taught arms, whatever their configs say
-               ) -> tuple[Arm|None, str]: # the control, or why there is none ('' for an arm that needs none)
+                 named:str=''            # an arm that is to be the control of all taught arms, whatever their configs say
+                ) -> tuple[Arm|None, str]: # the control, or why there is none ('' for an arm that needs none)
     "The arm that `a` is compared with. Raises `KdocrError` where the one that is named is no control."
     name = named if named and uses_teacher(a.cfg) else a.cfg.control
     if name and name != a.name:
@@ -359,7 +359,7 @@ def _explain_no_control(a:Arm, why:str) -> str:
 
 # %% ../../nbs/analysis/60_compare.ipynb #cmp041
 def _format_best(table:pd.DataFrame # rows of students
-             ) -> str:
+                ) -> str:
     "Who read most, in one sentence."
     best, several = table[table.exact == table.exact.max()], table.seeds.max() > 1
     first, what = best.iloc[0], f'{len(table)} {"arms" if several else "students"}'
@@ -399,7 +399,7 @@ def _compare_table(runs:list[Run], control:str='') -> pd.DataFrame:
     return arms_table(students).assign(gain=[role(a) for a in arms]).sort_values('exact', ascending=False, kind='stable', ignore_index=True)
 
 def _compare_text(table:pd.DataFrame # as `_compare_table` makes it
-                ) -> str:
+                 ) -> str:
     "The arms, one a line."
     spread = [f'{pct(r.sd)} ({pct(r.lowest)} to {pct(r.highest)})' if r.seeds > 1 else '-' for r in table.itertuples()]
     shown = pd.DataFrame({'arm': table.arm, 'seeds': table.seeds, 'tracks': table.tracks, 'exact %': table.exact.map(pct), 'sd (range)': spread,
@@ -414,7 +414,7 @@ def _plain(x): # what JSON may hold
     return None if x is None or isinstance(x, float) and x != x else x.item() if isinstance(x, np.generic) else x
 
 def _comparison(runs:list[Run], control:str='' # an arm's name, as for `_control_arm`
-              ) -> dict: # plain values
+               ) -> dict: # plain values
     "All that a paper needs: the arms with each run, the gains with both intervals, the method, the verdict and its warnings."
     students = [r for r in runs if r.cfg.mode == 'student']
     arms, gains, table = {a.name: a for a in group_arms(students)}, comparisons(students, control), _compare_table(students, control)

@@ -34,8 +34,8 @@ _FULL_DEMO = _DemoPlan(3200, 1000, 2000, 1200, dict(_SETTINGS, eval_every=200, c
 _QUICK_DEMO = _DemoPlan(400, 100, 240, 160, dict(_SETTINGS, eval_every=80, checkpoint_every=20))
 
 def _demo_jobs(out:Path,  # folder of the run folders
-         data:Path, plan:_DemoPlan
-        ) -> list[Job]: # in the order in which they should start
+               data:Path, plan:_DemoPlan
+              ) -> list[Job]: # in the order in which they should start
     "The five trainings. Only the random control can do without the teacher."
     common = dict(plan.settings, out=str(out), data=str(data))
     teacher = Job('teacher', plan.teacher_steps, dict(common, mode='teacher', name='teacher', steps=plan.teacher_steps))

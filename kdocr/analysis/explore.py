@@ -162,8 +162,8 @@ def _tracks_frame(found:Index, parts:dict[str, str]) -> pd.DataFrame: # key, tex
     return pd.DataFrame(rows, columns=['key', 'text', 'scenario', 'layout', 'part', 'track'])
 
 def _matching(frame:pd.DataFrame, text:str='', # part of a text or key, or a pattern with * and ? for the whole of it
-             **only:str                       # column -> its value, or 'all'
-            ) -> np.ndarray:                  # row numbers
+              **only:str                       # column -> its value, or 'all'
+             ) -> np.ndarray:                  # row numbers
     "The tracks that are asked for."
     keep, text = np.ones(len(frame), bool), text.strip().lower()
     for k, v in only.items():
@@ -195,10 +195,10 @@ _LIGHT = {'exposure': (.2, 2., .05, 1., 'gain'), 'haze': (0., 150., 5., 0., 'gre
 
 # %% ../../nbs/analysis/68_explore.ipynb #x58015
 def _far_away(hr:np.ndarray, # (h,w,3) uint8
-             key:str,       # of the track: the same noise every time
-             height:int,    # of the result
-             v:dict         # the sliders' values
-            ) -> np.ndarray: # (height,w',3)
+              key:str,       # of the track: the same noise every time
+              height:int,    # of the result
+              v:dict         # the sliders' values
+             ) -> np.ndarray: # (height,w',3)
     "The LR frame that these sliders make of an HR frame."
     rng = np_rng('explore', key)
     named = {k: v[k] for k in (*_CAMERA, *_LIGHT) if k not in ('height', 'glare')}

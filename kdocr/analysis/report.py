@@ -24,14 +24,14 @@ from ..training.run_folder import RunFolder
 def _cell(x): return '–' if x is None or x != x else html.escape(str(x))
 
 def _table_html(frame:pd.DataFrame, bold:int|None=None # position of the row to set in bold
-              ) -> str:
+               ) -> str:
     "A frame as an HTML table; columns of numbers and ranges to the right."
     numeric = [all(re.fullmatch(r'[-+–\d. /%e]*( to [-+\d.]+)?', _cell(v)) for v in frame[c]) for c in frame]
     def row(tag, cells, best=False): return f'<tr{" class=best" if best else ""}>' + ''.join(f'<{tag}{" class=n" if n else ""}>{_cell(v)}</{tag}>' for v, n in zip(cells, numeric)) + '</tr>'
     return f"<table>{row('th', frame.columns)}{''.join(row('td', r, i == bold) for i, r in enumerate(frame.itertuples(index=False)))}</table>"
 
 def _arms_html(table:pd.DataFrame # as `arms_table` makes it
-             ) -> str:
+              ) -> str:
     "The table of arms, the best student in bold."
     shown = pd.DataFrame({'arm': table.arm, 'held-out tracks': table.tracks, 'exact match %': table.exact.map(pct),
                           '95 % interval': [f'{pct(r.lo)} to {pct(r.hi)}' for r in table.itertuples()], 'CER %': table.cer.map(pct),
@@ -40,7 +40,7 @@ def _arms_html(table:pd.DataFrame # as `arms_table` makes it
     return _table_html(shown, int(students.argmax()) if students.notna().any() else None)
 
 def _comparisons_html(table:pd.DataFrame # as `comparisons` makes it
-                    ) -> str:
+                     ) -> str:
     "The table of distilled arms against their controls."
     span = lambda lo, hi: None if lo != lo else f'{100 * lo:+.1f} to {100 * hi:+.1f}'
     shown = pd.DataFrame({'arm': table.arm, 'against': table.control, 'seeds': table.seeds.map(len), 'gain, points': [f'{100 * m:+.1f}' for m in table['mean']],
@@ -50,7 +50,7 @@ def _comparisons_html(table:pd.DataFrame # as `comparisons` makes it
 
 # %% ../../nbs/analysis/66_report.ipynb #0008
 def _notebook_html(path:Path # an executed notebook
-                 ) -> str:
+                  ) -> str:
     "Its prose and outputs: no code, no error stream, pictures inside."
     nb = nbformat.read(path, as_version=4)
     for c in nb.cells:
@@ -126,7 +126,7 @@ def _made_of(runs:list[Run]) -> str:
 
 # %% ../../nbs/analysis/66_report.ipynb #a6d7941a
 def _readable(paths:list[str|Path]         # run folders, and folders of run folders
-            ) -> tuple[list[Run], list[str]]: # a line for each that is left out
+             ) -> tuple[list[Run], list[str]]: # a line for each that is left out
     "The runs of a report. Raises `KdocrError` where none is left."
     runs, said = [], []
     for p in paths:

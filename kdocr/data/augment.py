@@ -84,8 +84,8 @@ def draw_lowres(n:int,
     return torch.where(torch.rand(n, generator=generator) < share, torch.randint(1, 2**31, (n,), generator=generator), 0)
 
 def apply_lowres(pictures:Tensor, # (n,f,h,w,3) uint8
-           seeds:Tensor,    # (n,), as `draw_lowres` makes them
-          ) -> Tensor:      # the same shape
+                 seeds:Tensor,    # (n,), as `draw_lowres` makes them
+                ) -> Tensor:      # the same shape
     "The pictures from farther away, brought up to their size again."
     out = pictures.cpu().numpy().copy()
     for i in seeds.nonzero()[:, 0].tolist():

@@ -170,8 +170,8 @@ class _PlateDataset(_Pictures):
 _GAP = 0.44  # of the width: where the letters end, (39 + 3*46)/400 mm
 
 def _join_halves(b:PlateBatch,    # pictures (n,f,H,W,3) uint8
-                share:float,     # of the tracks that get another's right part
-                generator:torch.Generator) -> PlateBatch: # with new texts, and keys `left+right`
+                 share:float,     # of the tracks that get another's right part
+                 generator:torch.Generator) -> PlateBatch: # with new texts, and keys `left+right`
     "Tracks whose right part comes from another track of the batch with the same layout."
     n, w = len(b), b.images.shape[3]
     other = torch.randperm(n, generator=generator)
@@ -270,8 +270,8 @@ def free_memory(device) -> int: # bytes
     return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
 def to_device_memory(sets, # of `_PlateDataset`; None among them are passed over
-           device,
-           data_on:str='auto') -> int: # bytes brought there, 0 where the files are read instead
+                     device,
+                     data_on:str='auto') -> int: # bytes brought there, 0 where the files are read instead
     "Bring the packs into the device's memory. Raises `KdocrError` where data_on is 'device' and they do not fit."
     device, packs = torch.device(device), {id(s.pack): s.pack for s in sets if s is not None}
     if data_on == 'disk' or (data_on == 'auto' and device.type == 'cpu'): return 0

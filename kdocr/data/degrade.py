@@ -158,19 +158,19 @@ def _quad(pose:_Pose, size:tuple, rng:np.random.Generator) -> np.ndarray: # (4,2
     return (at*(w, h) + rng.normal(0, .006*h, (4, 2))).astype(np.float32)
 
 def _warp_view(picture:np.ndarray,  # a mounted plate
-         source:np.ndarray,   # (4,2) where the plate's corners are in it
-         target:np.ndarray,   # (4,2) where they go, px of the crop
-         size:tuple,          # (width, height) of the crop
-         over:int=2,          # px drawn for each px of the crop
-        ) -> np.ndarray:      # (over*height, over*width, 3)
+               source:np.ndarray,   # (4,2) where the plate's corners are in it
+               target:np.ndarray,   # (4,2) where they go, px of the crop
+               size:tuple,          # (width, height) of the crop
+               over:int=2,          # px drawn for each px of the crop
+              ) -> np.ndarray:      # (over*height, over*width, 3)
     "The crop at `over` times its size, for `camera` to shrink."
     m = cv2.getPerspectiveTransform(source, (target*over).astype(np.float32))
     return cv2.warpPerspective(picture, m, (size[0]*over, size[1]*over), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../../nbs/data/11_degrade.ipynb #0017
 def _near(c:Conditions, rng:np.random.Generator,
-         variety:float=VARIETY, # 0..1: odds and softness of soft ones
-        ) -> Conditions:
+          variety:float=VARIETY, # 0..1: odds and softness of soft ones
+         ) -> Conditions:
     "The conditions of the HR frames of a track that has `c`: the same light, another zoom."
     u, v = rng.uniform, variety
     soft = rng.random() < .5*v # a camera without the chip
@@ -178,11 +178,11 @@ def _near(c:Conditions, rng:np.random.Generator,
                    contrast=0. if soft else u(45, 80), sharpen=0. if soft else u(.3, 1 + 2*v), radius=u(1, 1.8))
 
 def draw_frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
-           source:np.ndarray,  # (4,2) its corners
-           c:Conditions, pose:_Pose, rng:np.random.Generator,
-           low:bool,           # LR or HR
-           variety:float=VARIETY,
-           n:int=5) -> list[tuple[np.ndarray, np.ndarray]]: # a frame and its corners (4,2), each
+                source:np.ndarray,  # (4,2) its corners
+                c:Conditions, pose:_Pose, rng:np.random.Generator,
+                low:bool,           # LR or HR
+                variety:float=VARIETY,
+                n:int=5) -> list[tuple[np.ndarray, np.ndarray]]: # a frame and its corners (4,2), each
     "The frames of one track at one resolution."
     c = c if low else _near(c, rng, variety)
     least, mean, sd, most = (17, 20.8, 1.4, 23) if low else (27, 36, 2.6, 42) # px of height

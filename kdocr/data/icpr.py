@@ -319,8 +319,8 @@ def _no_cycles():
 
 @_no_cycles()
 def index_data(root:str|Path,
-          cache:str|Path|None=None, # folder that keeps what the annotations say; None: read them all
-         ) -> Index:
+               cache:str|Path|None=None, # folder that keeps what the annotations say; None: read them all
+              ) -> Index:
     "Find the tracks under `root`, or in a CSV. Raises `KdocrError` where there is neither, or no track in it."
     root = Path(root)
     if root.is_file() and root.suffix.lower() == '.csv': return _listed(root)

@@ -26,8 +26,8 @@ def fit(image:np.ndarray, # (h,w,3) uint8
 
 # %% ../../nbs/data/14_pack.ipynb #0008
 def decode_track(track:Track, height:int, width:int,
-           n_degraded:int, # degraded copies of each HR frame
-           seed:int) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]: # arrays of one track, and the frames' heights in pixels
+                 n_degraded:int, # degraded copies of each HR frame
+                 seed:int) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]: # arrays of one track, and the frames' heights in pixels
     "All pictures of one track at the input size. Raises `KdocrError` naming a file that cannot be read."
     hr = [read_image(p) for p in track.hr]
     lr = [read_image(p) for p in track.lr] or [degrade(x, np_rng('lr', track.key, i)) for i, x in enumerate(hr)] # a CSV may list no LR
@@ -87,7 +87,7 @@ def _mapped(file:Path, descr, shape) -> np.ndarray:
 
 # %% ../../nbs/data/14_pack.ipynb #8a3de7ff
 def _open_pack(folder:str|Path,
-              **made) -> Pack: # made: what it must have been made from, as in the head of its index; anything is taken where nothing is asked
+               **made) -> Pack: # made: what it must have been made from, as in the head of its index; anything is taken where nothing is asked
     "The pack in `folder`. Raises `KdocrError` naming the file where that is no pack, of another format or of other data, or not whole."
     folder = Path(folder)
     if not (folder/'index.json').is_file(): raise KdocrError(f'{folder}: no pack (there is no index.json in it)')

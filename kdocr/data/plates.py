@@ -77,9 +77,9 @@ _OTHER = {'M': '08 00 46 80 88', 'Q': '@00~ 80~ 88~ 08~|66 88', 'W': '00 08 43 8
 _RELATIVE = {'I': 0, '1': .3, 'M': 1.15, 'W': 1.18, 'A': 1.08, 'V': 1.08, 'Y': 1.08, 'E': .92, 'F': .92, 'L': .9, 'J': .9} # widths; the others 1
 
 def _stamp(char:str, width:float, stroke:int, # as for `glyph`
-          round_:float,                      # radius of the corners, as a share of the height
-          other:bool=False,                  # its form in `_OTHER`, where it has one
-         ) -> np.ndarray:                    # (96,w) uint8, ink 255
+           round_:float,                      # radius of the corners, as a share of the height
+           other:bool=False,                  # its form in `_OTHER`, where it has one
+          ) -> np.ndarray:                    # (96,w) uint8, ink 255
     "One letter of our own alphabet."
     across = max(0., width*_GLYPH - stroke)*_RELATIVE.get(char, 1)
     mask = np.zeros((_GLYPH, round(across) + stroke), np.uint8)

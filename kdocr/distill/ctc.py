@@ -53,8 +53,8 @@ class _CtcReading(NamedTuple):
     char_confidence:tuple[float]  # one a character: the largest probability in its run of steps
 
 def greedy_read(logits:Tensor,   # (b,t,c) raw
-           charset:Charset,
-          ) -> list[_CtcReading]:
+                charset:Charset,
+               ) -> list[_CtcReading]:
     "The best class of each step, repeats collapsed and blanks dropped."
     probs, ids = logits.detach().float().softmax(-1).max(-1) # (b,t) each
     return [_read(p, i, charset) for p, i in zip(probs.tolist(), ids.tolist())]

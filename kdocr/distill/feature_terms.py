@@ -86,9 +86,9 @@ def _energy(x, power):
 # %% ../../nbs/distill/35_feature_terms.ipynb #0018
 @_term
 def spp(s:Tensor, t:Tensor,   # (b,t,d)
-            *, levels:int=3,      # windows of 1, 2, ... 2^(levels-1) steps
-            finest:bool=True,     # compare single steps as well
-           ) -> Tensor:           # scalar fp32
+        *, levels:int=3,      # windows of 1, 2, ... 2^(levels-1) steps
+        finest:bool=True,     # compare single steps as well
+       ) -> Tensor:           # scalar fp32
     "`ln_mse` of features averaged over ever wider windows. Raises `KdocrError` for `levels` that leave no window or one beyond the track."
     _whole('spp', 'levels', levels, 1 if finest else 2, s.shape[1].bit_length(), f'{s.shape[1]} steps, finest={finest}')
     return torch.stack([F.mse_loss(_ln(_windows(s, 2**i)), _ln(_windows(t, 2**i))) for i in range(not finest, levels)]).mean()
@@ -98,8 +98,8 @@ def _windows(x, w): return x if w == 1 else F.avg_pool1d(x.transpose(1, 2), w, c
 # %% ../../nbs/distill/35_feature_terms.ipynb #001b
 @_term
 def shift_mse(s:Tensor, t:Tensor, # (b,t,d)
-               *, reach:int=1,     # the most steps early or late, at least 1 and fewer than the track has
-              ) -> Tensor:         # scalar fp32
+              *, reach:int=1,     # the most steps early or late, at least 1 and fewer than the track has
+             ) -> Tensor:         # scalar fp32
     "The least `ln_mse` over shifts, chosen for each track. Raises `KdocrError` for a `reach` that leaves no shift or no step."
     n = s.shape[1]
     _whole('shift_mse', 'reach', reach, 1, n - 1, f'{n} steps')
@@ -116,8 +116,8 @@ def _points(term, over, x): # groups of points: (1,b,t*d) or (b,t,d)
 
 @_term
 def rkd_distance(s:Tensor, t:Tensor,    # (b,t,d)
-             *, over:str='tracks',  # what a point is: 'tracks' of the batch | 'steps' of a track
-            ) -> Tensor:            # scalar fp32
+                 *, over:str='tracks',  # what a point is: 'tracks' of the batch | 'steps' of a track
+                ) -> Tensor:            # scalar fp32
     "Huber's loss between the tables of relative distances. Raises `KdocrError` for another `over`, and where shapes differ."
     s, t = (_distances(_points('rkd_distance', over, x)) for x in (s, t)) # (g,n,n)
     return F.smooth_l1_loss(s, t, reduction='sum')/(len(s)*_pairs(s))

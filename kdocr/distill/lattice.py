@@ -83,17 +83,17 @@ class CharAlignment(NamedTuple):
 
 @torch.no_grad()
 def char_posteriors(logits:Tensor,        # (b,t,c) raw
-              texts:list[str|None], # b of them; '' or None: no characters in that row
-              charset:Charset,
-             ) -> CharAlignment:
+                    texts:list[str|None], # b of them; '' or None: no characters in that row
+                    charset:Charset,
+                   ) -> CharAlignment:
     "When each character is said, given its text. Raises `KdocrError` naming a text that cannot be spelled."
     ids = _ids(logits, texts, charset)
     when = _posterior(logits, ids)
     return CharAlignment(ids, ids > 0, (when/when.sum(-1, keepdim=True).clamp(min=.5)).float())
 
 def gather_chars(x:Tensor,     # (b,t,d) features, or probabilities
-          where:Tensor, # (b,n,t) of `char_posteriors`
-         ) -> Tensor:   # (b,n,d), fp32 or more
+                 where:Tensor, # (b,n,t) of `char_posteriors`
+                ) -> Tensor:   # (b,n,d), fp32 or more
     "What `x` holds at each character: the mean over its steps."
     if (x.shape[0], x.shape[1]) != (where.shape[0], where.shape[2]):
         raise KdocrError(f'spell: {x.shape[1]} steps on {x.shape[0]} tracks, but {where.shape[2]} on {where.shape[0]} where they are said')

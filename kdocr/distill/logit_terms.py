@@ -63,9 +63,9 @@ def kl(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
 
 # %% ../../nbs/distill/36_logit_terms.ipynb #000e
 def kl_std(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
-                temperature:float=2.,  # T, on scores of unit spread
-                steps:str='all',       # which count: all, spoken, either
-               ) -> Tensor:            # scalar
+           temperature:float=2.,  # T, on scores of unit spread
+           steps:str='all',       # which count: all, spoken, either
+          ) -> Tensor:            # scalar
     "`kl` of logits standardised over the classes of each step (Sun et al. 2024). Raises `KdocrError` for a bad option."
     _ask(steps, temperature)
     s, t = _pair(s, t)
@@ -120,8 +120,8 @@ def _decouple(s, t): # TCKD, NCKD and the teacher's probability of the target, (
 
 # %% ../../nbs/distill/36_logit_terms.ipynb #0017
 def kl_time_mean(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
-            temperature:float=1.,  # T
-           ) -> Tensor:            # scalar, nats a track times T²
+                 temperature:float=1.,  # T
+                ) -> Tensor:            # scalar, nats a track times T²
     "T² KL(teacher || student) of each track's class probabilities averaged over time. Raises `KdocrError` for a bad option."
     _ask(temperature=temperature)
     s, t = _pair(s, t)
@@ -130,9 +130,9 @@ def kl_time_mean(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teac
 
 # %% ../../nbs/distill/36_logit_terms.ipynb #001a
 def kl_char_aligned(s:Tensor, t:Tensor,            # (b,t,c) raw logits of student and teacher
-               s_chars:CharAlignment, t_chars:CharAlignment,  # when each of them says each character, of the same texts
-               *, temperature:float=1.,       # T, of the probabilities and not of the alignment
-              ) -> Tensor:                    # scalar, nats a character times T²
+                    s_chars:CharAlignment, t_chars:CharAlignment,  # when each of them says each character, of the same texts
+                    *, temperature:float=1.,       # T, of the probabilities and not of the alignment
+                   ) -> Tensor:                    # scalar, nats a character times T²
     "T² KL(teacher || student) at each character of the text, whenever each of the two says it. Raises `KdocrError` for a bad option."
     _ask(temperature=temperature)
     s, t = _pair(s, t)
@@ -143,9 +143,9 @@ def kl_char_aligned(s:Tensor, t:Tensor,            # (b,t,c) raw logits of stude
 
 # %% ../../nbs/distill/36_logit_terms.ipynb #001d
 def seq_kd(s:Tensor, t:Tensor,       # (b,t,c) raw logits of student and teacher
-             charset:Charset,
-             *, confidence:float=0.,   # count a track only where the teacher gives its reading at least this probability
-            ) -> Tensor:               # scalar: mean over all tracks, nats a character times the teacher's probability
+           charset:Charset,
+           *, confidence:float=0.,   # count a track only where the teacher gives its reading at least this probability
+          ) -> Tensor:               # scalar: mean over all tracks, nats a character times the teacher's probability
     "The student's CTC loss on what the teacher reads, by the probability of that reading. Raises `KdocrError` for a bad option."
     _ask(confidence=confidence)
     s, t = _pair(s, t)

@@ -41,8 +41,8 @@ class Projections(nn.Module):
 
 # %% ../../nbs/distill/32_losses.ipynb #000e
 def align_pair(name:str, s:Tensor, t:Tensor,    # a tap of the student (b,u,d) and of the teacher (b,t,e)
-         project:Projections|None,
-        ) -> tuple[Tensor, Tensor]:       # (b,t,e) both
+               project:Projections|None,
+              ) -> tuple[Tensor, Tensor]:       # (b,t,e) both
     "Return both taps at the teacher's steps and width. Raises `KdocrError` naming the tap if they do not fit."
     if s.shape[0] != t.shape[0]: raise KdocrError(f'tap {name!r}: {s.shape[0]} tracks of the student, {t.shape[0]} of the teacher')
     s = align_steps(s, t.shape[1])

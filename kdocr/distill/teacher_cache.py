@@ -18,10 +18,10 @@ from ..models.taps import TapOut
 
 # %% ../../nbs/distill/34_teacher_cache.ipynb #0007
 def _to_fp16(name:str,     # of the tap
-           x:Tensor,     # (b,t,d), any float type and device
-           rows:Tensor,  # (b,) tracks, for the message
-           views:Tensor, # (b,)
-          ) -> Tensor:   # (b,t,d) fp16, on the CPU
+             x:Tensor,     # (b,t,d), any float type and device
+             rows:Tensor,  # (b,) tracks, for the message
+             views:Tensor, # (b,)
+            ) -> Tensor:   # (b,t,d) fp16, on the CPU
     "`x` rounded to half precision. Raises `KdocrError` naming tap, track row and view where a value is not finite or too large for it."
     half = x.detach().half()
     good = half.isfinite().flatten(1).all(1).cpu() # (b,)
@@ -40,7 +40,7 @@ def _taps_dict(out:TapOut) -> dict[str, Tensor]:
     return {'logits': out.logits, **out.taps}
 
 def _check_disk_space(folder:Path,
-         shapes:dict[str, list[int]]): # name -> [n,views,t,d]
+                      shapes:dict[str, list[int]]): # name -> [n,views,t,d]
     "Raises `KdocrError` where the disk cannot hold arrays of these shapes in half precision."
     need, free = 2*sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values()), shutil.disk_usage(folder).free
     if need <= free: return
@@ -109,7 +109,7 @@ def _spot_checks(n:int, views:int) -> tuple[Tensor, Tensor]: # rows and views, (
     return i // views, i % views
 
 def _max_cache_error(cache:TapCache, rows:Tensor, views:Tensor,
-                 live:dict[str, Tensor]) -> str|None: # name -> what the teacher says of them now
+                     live:dict[str, Tensor]) -> str|None: # name -> what the teacher says of them now
     "Which tap is further from the live one than rounding explains, in words; None where all agree."
     kept = _taps_dict(cache.take(rows, views))
     for k, x in live.items():

@@ -81,8 +81,8 @@ class DistillTerm(NamedTuple):
 _TERM = re.compile(r'(?:(?P<tap>\w+):)?(?P<name>\w+)(?:\((?P<options>[^()]*)\))?(?:\*(?P<weight>[^@]+))?(?P<schedules>(?:@[^@]+)*)')
 
 def _parse_term(text:str, taps:Sequence[str], # where a term without a tap stands
-               known:Sequence[str]           # the taps that there are
-              ) -> list[DistillTerm]: # one a tap
+                known:Sequence[str]           # the taps that there are
+               ) -> list[DistillTerm]: # one a tap
     "Raises `KdocrError` naming a term, tap, option, weight or schedule that is unknown or out of range, with the known ones."
     m = _TERM.fullmatch(text.replace(' ', ''))
     if not m: raise KdocrError(f'distill_terms: {text!r} is not written [TAP:]NAME[(OPTION=VALUE,...)][*WEIGHT][@SCHEDULE]')

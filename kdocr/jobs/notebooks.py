@@ -203,7 +203,7 @@ papermill_engines.register('kdocr', _Engine)
 
 # %% ../../nbs/jobs/51_notebooks.ipynb #7f6dae96
 def _exclusive(folder:Path, what:str # what is to run there, for others to read
-         ) -> ExitStack:        # closing it lets go
+              ) -> ExitStack:        # closing it lets go
     "Take the folder for one run. Raises `TemporaryFailure` naming who is at work there."
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -272,7 +272,7 @@ _FULL_SAID = tuple(os.strerror(n) for n in NO_SPACE)
 _RAISED = dict(RankKilled='rank_killed', Stopped='stopped') # by name, since a kernel tells no more: of `kdocr.training.launch`, and a training that somebody else has stopped
 
 def _how_it_ended(e:Exception # what executing it raised
-                ) -> tuple[str|None, int|None, str]: # state, cell and error; no state where the fault is ours
+                 ) -> tuple[str|None, int|None, str]: # state, cell and error; no state where the fault is ours
     "What became of a notebook that did not end well."
     if isinstance(e, PapermillExecutionError):
         full = any(s in str(e.evalue) for s in _FULL_SAID)
@@ -360,7 +360,7 @@ def _papermill(run):
 
 # %% ../../nbs/jobs/51_notebooks.ipynb #b2e69baf
 def _interrupt(runs:list[NotebookRun], grace:float=30, # seconds before the kernel is killed
-              why:str='stopped') -> None:             # or timeout
+               why:str='stopped') -> None:             # or timeout
     "Ask running notebooks to stop, and wait until they have."
     for r in runs: r.ask(why)
     try: wait([r.future for r in runs], timeout=grace)

@@ -121,10 +121,10 @@ class _Slot(NamedTuple):
     gpu: str|None          # what CUDA_VISIBLE_DEVICES says, several for several ranks; None: as it is
 
 def slots(cores:int|None,     # jobs at a time; None: one a GPU, or one a core
-           machine:list[int],  # the cores that there are
-           gpus:list[str],     # and the GPUs
-           ranks:int=1         # processes of a job; it has a GPU for each
-          ) -> list[_Slot]:
+          machine:list[int],  # the cores that there are
+          gpus:list[str],     # and the GPUs
+          ranks:int=1         # processes of a job; it has a GPU for each
+         ) -> list[_Slot]:
     "Where jobs run beside each other; never two on one GPU."
     gpus = [','.join(gpus[i:i + ranks]) for i in range(0, len(gpus) - ranks + 1, ranks)]
     n = min(cores or len(gpus), len(gpus)) if gpus else cores or max(1, len(machine) // ranks)
@@ -300,7 +300,7 @@ def _summed(rows:list[JobState]) -> str:
     return ', '.join([f'{count["finished"]} of {len(rows)} finished', *(f'{n} {s}' for s, n in count.items() if n and s != 'finished'), *([f'{left} left'] if left else [])])
 
 def _table_lines(rows:list[JobState], height:int=10**6 # lines that there is room for
-               ) -> list[str]:
+                ) -> list[str]:
     "A line a job; where there is no room for all, those that run or failed first."
     urgent = ('running', 'failed', 'elsewhere', 'queued', 'stopped', 'waiting', 'skipped', 'finished')
     shown = sorted(rows, key=lambda r: urgent.index(r.state))[:max(1, height - 3)] if len(rows) > height - 3 else rows
@@ -413,7 +413,7 @@ def start(batch:_Batch):
             if batch.engine.lasting: write_json(r.files.sent, dict(number=number, token=w.token))
 
 def _shutdown(batch:_Batch, cancel:bool # also what would outlast us
-         ):
+             ):
     "Stop what must not go on without us."
     there = batch.of('queued', 'running')
     if batch.engine.lasting and not cancel: return

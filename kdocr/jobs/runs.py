@@ -17,7 +17,7 @@ from .status import STATUS_FILE, current_state
 
 # %% ../../nbs/jobs/53_runs.ipynb #b44ca801
 def _run_folders(results:str|Path # a run folder, a folder of run folders, or a folder of those
-               ) -> list[Path]:
+                ) -> list[Path]:
     "The run folders there, by name. Raises `KdocrError` where there is no such folder."
     results = Path(results)
     if not results.is_dir(): raise KdocrError(f'{results}: no such folder')
@@ -34,7 +34,7 @@ def _run_folders(results:str|Path # a run folder, a folder of run folders, or a 
 _END = 1 << 16 # bytes of a log that are read
 
 def _log_end(path:str|Path # metrics.jsonl, perhaps being written
-           ) -> tuple[dict, dict]: # the last row, and the last validation that is near the end; empty where there is none
+            ) -> tuple[dict, dict]: # the last row, and the last validation that is near the end; empty where there is none
     "What a log says last. Raises `ValueError` where it is no log."
     try:
         with open(path, 'rb') as f:
@@ -62,7 +62,7 @@ def _at_work(folder:str|Path) -> bool:
     return False
 
 def _run_state(folder, status:dict, scored:bool, newer:bool, # whether there are scores, and whether they are newer than the status
-              begun:bool) -> str: # whether there is a log
+               begun:bool) -> str: # whether there is a log
     "The state of a run; see `kdocr.jobs.status` for what they mean."
     if scored and (newer or not status): return 'finished'
     if status: return current_state(status)
@@ -115,7 +115,7 @@ def _read_run_row(folder:Path, results:Path) -> dict:
     return row
 
 def _total_steps(cfg:dict, last:dict # the last row of the log
-               ) -> int|None:
+                ) -> int|None:
     "How many steps there will be; where only epochs were asked for, the log tells how long one is."
     if cfg.get('steps'): return cfg['steps']
     return math.ceil(round(cfg['epochs'] * last['step'] / last['epoch'], 6)) if cfg.get('epochs') and last.get('epoch') else None

@@ -114,7 +114,7 @@ def make_sweep(plan:dict,            # as the file has it
 
 # %% ../../nbs/jobs/54_sweep.ipynb #jb0010
 def _takes_config(declared:dict # as `parameters` gives them
-                ) -> bool:
+                 ) -> bool:
     "Whether a notebook's parameters are all settings of a training."
     return Config.model_fields.keys() <= declared.keys()
 

@@ -50,8 +50,8 @@ class FrozenTeacher(nn.Module):
     def to(self, device): self._hidden[0].to(torch.device(device)); return self # its precision is its own
 
 def frozen_teacher(model:nn.Module,      # with `forward_taps`; stays as it is, to the bit
-           precision:str='fp32', # fp32, bf16 or fp16
-          ) -> FrozenTeacher:
+                   precision:str='fp32', # fp32, bf16 or fp16
+                  ) -> FrozenTeacher:
     "A copy of `model` for reading only. Raises `KdocrError` for an unknown precision, and for a model that shows no taps."
     if precision not in _TYPES: raise KdocrError(f'precision {precision!r}{nearest(precision, _TYPES)}: one of {", ".join(_TYPES)}')
     if not hasattr(model, 'forward_taps'): raise KdocrError(f'{type(model).__name__} has no forward_taps: give it one that returns a TapOut (HookTaps makes them)')

@@ -59,7 +59,7 @@ def to_onnx(model:nn.Module, # with `forward_taps`; stays as it is
 
 # %% ../../nbs/reader/75_export.ipynb #b451a7f4
 def _export_about(ckpt:dict # as `load_checkpoint` gives it
-         ) -> dict: # plain values
+                 ) -> dict: # plain values
     "What a reader must know of a checkpoint."
     told = {k: ckpt[k] for k in ('charset', 'height', 'width', 'frames', 'model_type')} | dict(temperature=1., layouts=spellable(ckpt['charset']))
     return told | {k: ckpt[k] for k in ('temperature', 'temperatures', 'layouts') if k in ckpt} # what calibration found
@@ -71,8 +71,8 @@ def _describe_in(graph, told:dict):
 
 # %% ../../nbs/reader/75_export.ipynb #cb106f4d
 def _to_half_weights(graph,
-           least:int=512 # weights in a table that is worth it
-          ):             # the same graph, changed
+                     least:int=512 # weights in a table that is worth it
+                    ):             # the same graph, changed
     "Store large tables as fp16; what fp16 cannot hold stays."
     from onnx import TensorProto, helper, numpy_helper
     casts = []

@@ -63,8 +63,8 @@ def predict_at_height(read:_Read, pictures:Sequence[_Labelled], height:int|None)
     return [Prediction(p.key, p.text, text, sure, p.layout, height=s.shape[0]) for p, s, (text, sure) in zip(pictures, seen, said, strict=True)], ms
 
 def accuracy_by_height(read:_Read, pictures:Sequence[_Labelled], heights=EVAL_HEIGHTS,
-               name:str='', # of the reader, for the table
-              ) -> list[dict]: # a row a height
+                       name:str='', # of the reader, for the table
+                      ) -> list[dict]: # a row a height
     "Exact match with its 95 % interval, CER and milliseconds a picture, at each height."
     rows = []
     for h in heights:

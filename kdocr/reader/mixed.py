@@ -40,10 +40,10 @@ def _far(crop, h, seen, c): # (H,W,3) uint8 at that height; seen: 0 without a ca
     return degrade(crop.picture, np_rng('mixed', crop.key, seen, h), low.shape[1::-1], conditions=c)
 
 def _crop_tracks(folder:Path,  # with labels.csv
-                store:Path,   # where the LR frames go
-                copies:int=1, # of each
-                camera:bool=False, # copies from the second on are seen by a camera; False: all are the same
-                heights:Sequence[int]=_LOW) -> Iterator[_Plate]:
+                 store:Path,   # where the LR frames go
+                 copies:int=1, # of each
+                 camera:bool=False, # copies from the second on are seen by a camera; False: all are the same
+                 heights:Sequence[int]=_LOW) -> Iterator[_Plate]:
     "Each crop as a track, so many times. Raises `KdocrError` as `labelled_folder` does."
     for (i, crop), copy in product(enumerate(labelled_folder(folder)), range(copies)): # a row's number names its files: a name may point anywhere
         seen = copy*camera

@@ -52,8 +52,8 @@ def _limits(card:dict) -> list[str]:
 
 # %% ../../nbs/reader/76_model_card.ipynb #a851b6c8
 def model_card(folder:str|Path,                       # of a finished run
-             also:dict[str, list[Prediction]]|None=None # other readings of the same weights, by name
-            ) -> dict:                              # plain values
+               also:dict[str, list[Prediction]]|None=None # other readings of the same weights, by name
+              ) -> dict:                              # plain values
     "What is known of a run's reader. Raises `KdocrError` where there is no finished run."
     run = RunFolder(Path(folder))
     if not run.config.is_file(): raise KdocrError(f'{folder}: no run folder (there is no config.yaml in it)')
@@ -95,9 +95,9 @@ def card_text(c:dict) -> str: # Markdown
     return '\n'.join([*lines, '', '## Limits', '', *(f'- {x}' for x in c['limits']), ''])
 
 def write_model_card(folder:str|Path,
-               out:str|Path|None=None,           # folder for card.json and card.md; None: the run's
-               also:dict[str, str|Path]|None=None # name -> a CSV of predictions
-              ) -> Path: # of the Markdown
+                     out:str|Path|None=None,           # folder for card.json and card.md; None: the run's
+                     also:dict[str, str|Path]|None=None # name -> a CSV of predictions
+                    ) -> Path: # of the Markdown
     "`model_card` as card.json and card.md."
     out = Path(out or folder)
     card = model_card(folder, {k: read_predictions(p) for k, p in (also or {}).items()})

@@ -92,7 +92,7 @@ def _from_file(path) -> PlateImage:
 
 # %% ../../nbs/reader/71_recogniser.ipynb #0007
 def load_image(source # a path, a PIL image, or an array: (h,w) grey, (h,w,3) RGB or (h,w,4) RGBA; uint8, uint16, or floats from 0 to 1
-           ) -> PlateImage:
+              ) -> PlateImage:
     "The picture as the network was trained to see one. Raises `KdocrError` that says what is wrong, without the source's name."
     if isinstance(source, (str, os.PathLike, Image.Image)):
         with _decoding(): return _from_pil(source) if isinstance(source, Image.Image) else _from_file(source)
@@ -165,7 +165,7 @@ def _listed(path) -> Iterator[PlateInput]: # what a CSV names: a track's rows to
 def _several(x) -> bool: return isinstance(x, (list, tuple)) and not isinstance(x, PlateInput) or isinstance(x, np.ndarray) and x.ndim > 3
 
 def find_plates(images # one, or a list or an iterator, of: a path, an array, a PIL image; a list inside the list is a track
-         ) -> Iterator[PlateInput]:
+               ) -> Iterator[PlateInput]:
     "The plates to read, in order; folders are walked in the order of their names."
     for i, one in enumerate(images if _several(images) or isinstance(images, Iterator) else [images]):
         named = isinstance(one, (str, os.PathLike))
@@ -299,8 +299,8 @@ TTA_SHIFTS = (0, 0), (3, 0), (-3, 0), (0, 1), (0, -1) # pixels of the network's 
 TTA_BELOW = .8 # plates with less confidence are read again, with all shifts
 
 def _shifted(frames:np.ndarray, # (f,H,W,3)
-            x:int, y:int       # pixels to the left and up; negative: to the right and down
-           ) -> np.ndarray:    # the same shape
+             x:int, y:int       # pixels to the left and up; negative: to the right and down
+            ) -> np.ndarray:    # the same shape
     "Return the frames shifted; the border is repeated where nothing is left of the image."
     rows, columns = (np.clip(np.arange(n) + by, 0, n - 1) for n, by in zip(frames.shape[1:3], (y, x)))
     return frames[:, rows[:, None], columns]
@@ -309,7 +309,7 @@ def _shifted(frames:np.ndarray, # (f,H,W,3)
 _AT_ONCE = 320 # images in the network: 64 tracks of five
 
 def _run_frames(net:Network, x:np.ndarray # (n,f,H,W,3) uint8
-              ) -> np.ndarray:           # (n,t,c) log-probabilities
+               ) -> np.ndarray:           # (n,t,c) log-probabilities
     "Return what the network makes of `n` plates of `f` frames each."
     parts = np.array_split(x, ceil(len(x)*x.shape[1]/_AT_ONCE))
     scaled = ((part/np.float32(127.5) - 1).transpose(0, 1, 4, 2, 3) for part in parts)

@@ -6,8 +6,7 @@
 __all__ = ['Flags', 'parse', 'summarise_run', 'train_command']
 
 # %% ../../nbs/training/49_command.ipynb #cm02
-import json, os, sys, threading, time, traceback
-from pathlib import Path
+import os, sys, threading, time, traceback
 from typing import Annotated, Literal, TypedDict, get_args, get_origin
 import tyro
 from ..core import KdocrError, guard, nearest, read_json
@@ -64,18 +63,10 @@ def _end_with(parent): # this process, as soon as `parent` is no longer its pare
 
 def _rank(argv): # does not return
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-    errors = []
-    def command():
-        try: _train(argv)
-        except KdocrError as e:
-            errors.append(str(e))
-            raise
-    try: status = guard(command)
+    try: status = guard(_train, argv)
     except BaseException:
         traceback.print_exc()
         status = 1
-    file = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if errors and file: Path(file).write_text(json.dumps({'message': errors[0]}), encoding='utf-8')
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -6,6 +6,7 @@
 __all__ = ['teacher_taps', 'grad_norms', 'GradBalance', 'weighted_losses', 'TrainerDistill']
 
 # %% ../../nbs/training/47_distillation.ipynb #0002
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 import torch
@@ -89,7 +90,7 @@ def weighted_losses(ctc:Tensor, kd:dict[str, Tensor], # the CTC loss; the terms 
     "Return the loss with all its parts."
     loss = total_loss(ctc, scaled, distill_weight)
     weighted = {f'{k}_weighted': distill_weight*v for k, v in scaled.items()}
-    shares = {k.replace('_weighted', '_share'): v.detach()/loss.detach() for k, v in weighted.items()}
+    shares = {f'{k}_share': weighted[f'{k}_weighted'].detach()/loss.detach() for k in scaled}
     return {'loss': loss, 'ctc': ctc, **kd, **weighted, **shares}
 
 # %% ../../nbs/training/47_distillation.ipynb #0243e7ec
@@ -124,9 +125,9 @@ class TrainerDistill(Trainer):
         "Return the terms whose schedule is above 0 at this step."
         return [t for t in self.terms if t.at(self.step/self.total)]
 
-    def forward(self, model:nn.Module, images:Tensor) -> TapOut: # images (b,f,3,h,w)
-        "Return the taps of a `TapsModule` in fp32."
-        with autocast(self.device, self.precision): logits, taps = model(images)
+    def forward(self, taps_of:Callable[[Tensor], TapOut], images:Tensor) -> TapOut: # images (b,f,3,h,w)
+        "Return a network's taps in fp32."
+        with autocast(self.device, self.precision): logits, taps = taps_of(images)
         return TapOut(logits.float(), {k: v.float() for k, v in taps.items()})
 
     def student_out(self, images:Tensor) -> tuple[TapOut, Tensor]:
@@ -140,7 +141,7 @@ class TrainerDistill(Trainer):
         "Return the teacher's output of the batch's tracks: cached, learning, or frozen."
         if self.cache: return self.cache.take(batch.rows, batch.views)
         images = batch.images if batch.clean_hr is None else batch.clean_hr
-        if self.mutual: return self.forward(TapsModule(self.modules['teacher']), images)
+        if self.mutual: return self.forward(self.modules['teacher'].forward_taps, images)
         return self.frozen.forward_taps(images)
 
     @property
@@ -167,4 +168,4 @@ class TrainerDistill(Trainer):
         if not self.mutual: return parts
         ctc = ctc_loss(teacher.logits, batch.texts, self.charset)
         mutual = self.cfg.mutual_weight*kl(teacher.logits, student.logits.detach())
-        return parts | {'loss': parts['loss'] + sum([ctc, mutual]), 'teacher_ctc': ctc, 'teacher_mutual': mutual}
+        return parts | {'loss': parts['loss'] + (ctc + mutual), 'teacher_ctc': ctc, 'teacher_mutual': mutual}

@@ -39,8 +39,9 @@ class DistContext:
             raise KdocrError(f'WORLD_SIZE is {world}, but {", ".join(missing)} is not set: '
                              f'start with torchrun --nproc_per_node {world}')
         ctx = cls(int(os.environ['RANK']), world, int(os.environ['LOCAL_RANK']))
-        cuda = torch.device(ctx.device(str(device))).type == 'cuda'
-        if cuda: torch.cuda.set_device(ctx.device(str(device)))
+        device = torch.device(ctx.device(str(device)))
+        cuda = device.type == 'cuda'
+        if cuda: torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(hours=1))
         return ctx

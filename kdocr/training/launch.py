@@ -55,8 +55,8 @@ class _RankExit(NamedTuple):
     said:str='' # and its text
 
 def explain_exit(ends:list[_RankExit], # in the order of time
-             run:str         # its folder
-            ) -> Exception|None: # None: all is well
+                 run:str         # its folder
+                ) -> Exception|None: # None: all is well
     "The error that a training by several ranks ends in."
     bad = [e for e in ends if e.status]
     told = sorted((e for e in bad if e.code > 1), key=lambda e: (e.code != TemporaryFailure.exit_code, e.rank))
@@ -83,7 +83,7 @@ class RankProcesses:
                    TORCHELASTIC_USE_AGENT_STORE='True', TORCHELASTIC_RESTART_COUNT='0')
         self.cfg, self.env, self.size, self.ranks, self.ends, self.failed, self.shows = cfg, env, ranks, [], [], None, None
 
-    def __enter__(self) -> 'Crew':
+    def __enter__(self) -> 'RankProcesses':
         asked = json.dumps(as_dict(self.cfg), default=str).encode() + b'\n'
         out, said = os.pipe()
         self.shows = threading.Thread(target=_show, args=[out], daemon=True)

@@ -22,8 +22,8 @@ from .evaluation import read_frames
 # %% ../../nbs/training/46_pseudo_labels.ipynb #cf1a90ec
 @torch.no_grad()
 def _pseudo_labels(teacher:nn.Module, data:Data, cfg:Config,
-                  rows # of the training tracks
-                 ) -> list[tuple[str, float]]: # text, and the teacher's probability of it
+                   rows # of the training tracks
+                  ) -> list[tuple[str, float]]: # text, and the teacher's probability of it
     "Return what the teacher reads in the HR frames of these tracks."
     device, charset = pick_device(cfg.device), Charset(cfg.charset)
     alone = cfg.frames == 1

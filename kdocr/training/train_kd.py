@@ -65,16 +65,18 @@ def train_kd(cfg:Config,
         with main_first(ctx):
             if ctx.is_main: locks.enter_context(run.alone())
         if ctx.broadcast(run.finished): # for all ranks or for none
-            _publish_again(cfg, run, ctx)
-            return _claimed(cfg, run, data, teacher, {}, ctx)
-        data, labels = with_pseudo_labels(cfg, data, teacher)
-        trainer = new_trainer(cfg, run, data, teacher, ctx)
-        _claimed(cfg, run, data, teacher, labels, ctx)
-        fit(trainer)
+            _claim(cfg, run, data, teacher, {}, ctx)
+            lost = cfg.mode == 'teacher' and not run.published.exists()
+            if ctx.is_main and lost: run.publish()
+        else:
+            data, labels = with_pseudo_labels(cfg, data, teacher)
+            trainer = new_trainer(cfg, run, data, teacher, ctx)
+            _claim(cfg, run, data, teacher, labels, ctx)
+            fit(trainer)
         ctx.barrier()
     return run
 
-def _claimed(cfg, run, data, teacher, labels, ctx): # `run`, now this config's
+def _claim(cfg, run, data, teacher, labels, ctx): # refused where the folder holds another run
     ids = dict(data_fingerprint=data.fingerprint, split_hash=data.split.hash,
                teacher_hash=teacher and state_hash(teacher))
     with main_first(ctx):
@@ -82,7 +84,3 @@ def _claimed(cfg, run, data, teacher, labels, ctx): # `run`, now this config's
             env = environment(pick_device(cfg.device, ctx), cfg.threads)
             run.claim(cfg, ids, dict(env, data=str(data.root.absolute())))
             if labels: write_json(run.path/'labels.json', labels)
-    return run
-
-def _publish_again(cfg, run, ctx): # a teacher whose published copy was removed
-    if ctx.is_main and cfg.mode == 'teacher' and not run.published.exists(): run.publish()

@@ -303,3 +303,8 @@ def test_recipes_runs_and_says_how_to_make_runs(trained, tmp_path):
     text = said(runs=[trained], out=tmp_path, tracks=6)
     assert 'not what causes what' in text and 'of the 3 students' in text.replace('Best of 3', 'of the 3')
     assert (tmp_path/'figures/alignment_accuracy.pdf').is_file() and (tmp_path/'figures/forest.png').is_file()
+
+
+def test_the_settings_that_decide_the_data_exist():
+    from kdocr.analysis.compare import _DATA_SETTINGS
+    assert set(_DATA_SETTINGS) <= Config.model_fields.keys() and len(set(_DATA_SETTINGS)) == len(_DATA_SETTINGS)

@@ -1,36 +1,19 @@
 """Labels, styles and curves of runs over the steps."""
 from pathlib import Path
-import matplotlib
-matplotlib.use('agg')
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from kdocr.core import KdocrError
 from kdocr.config import Config, save_config
 from kdocr.charset import DEFAULT_CHARS
-from kdocr.analysis.figures import TERM_STYLES, loss_terms, use_style, wrapped
-from kdocr.analysis.probe import each, probe
+from kdocr.analysis.figures import TERM_STYLES, loss_terms, wrapped
+from kdocr.analysis.probe import each
 from kdocr.analysis.curves import (_Curve, CurveArm, QUANTITIES, _EXTRA_COLOURS, _over_seeds, _smoothing, arms_of,
                                    column, legend_of, plot_runs, plot_terms, read_curve, run_styles, series,
                                    unique_labels)
+from drawing import ARMS, closed, hexed, lines, said
 
-ARMS = ['random init, control', 'random init, distilled', "teacher's weights, distilled"]
-PLATE = np.zeros((32, 128, 3))
-
-def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-def said(ax): return [t.get_text() for t in ax.texts]
-def lines(ax): return [l for l in ax.lines if not l.get_label().startswith('_')]
-def hexed(c): return matplotlib.colors.to_hex(c).upper()
-
-@pytest.fixture(autouse=True)
-def closed():
-    torch.set_num_threads(1)
-    with matplotlib.rc_context():
-        use_style()
-        yield
-    plt.close('all')
 
 def test_styles_do_not_meet_terms():
     styles = run_styles([f'random init, distilled, seed {i}' for i in range(5)])

@@ -1,34 +1,16 @@
 """Readings by frames, characters and confidence, and what changed between two readers."""
-import matplotlib
-matplotlib.use('agg')
 import matplotlib.pyplot as plt
 import editdistance
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from kdocr.core import KdocrError
 from kdocr.metrics import Prediction, wilson
-from kdocr.analysis.figures import use_style
 from kdocr.analysis.errors import (_CHANGES, _edits, calibration_error, changes, confusion, frames_table,
                                    mark_differences, missed, plot_changes, plot_confusion, plot_groups, plot_plates,
                                    plot_reliability, reliability)
+from drawing import ARMS, closed, lines, PLATE, said
 
-ARMS = ['random init, control', 'random init, distilled', "teacher's weights, distilled"]
-PLATE = np.zeros((32, 128, 3))
-
-def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-def said(ax): return [t.get_text() for t in ax.texts]
-def lines(ax): return [l for l in ax.lines if not l.get_label().startswith('_')]
-def hexed(c): return matplotlib.colors.to_hex(c).upper()
-
-@pytest.fixture(autouse=True)
-def closed():
-    torch.set_num_threads(1)
-    with matplotlib.rc_context():
-        use_style()
-        yield
-    plt.close('all')
 
 # ---- errors
 

@@ -2,18 +2,15 @@
 import json
 import shutil
 from pathlib import Path
-import matplotlib
-matplotlib.use('agg')
 import matplotlib.pyplot as plt
 import nbformat
-import numpy as np
 import pytest
 import torch
 from kdocr.core import KdocrError, read_json, write_json
 from kdocr.config import load_config, save_config
 from kdocr.charset import DEFAULT_CHARS, Charset
 from kdocr.jobs.notebooks import run_notebook
-from kdocr.analysis.figures import PAGE, use_style
+from kdocr.analysis.figures import PAGE
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from kdocr.analysis.compare import Run, read_run
@@ -21,30 +18,7 @@ from kdocr.analysis.probe import (_CheckpointProbe, _align_probes, _layer_names,
                                   as_steps, find_teacher, shared_data, load_reader, open_runs, probe)
 from kdocr.analysis.errors import by_frames
 from small_runs import small
-
-ARMS = ['random init, control', 'random init, distilled', "teacher's weights, distilled"]
-PLATE = np.zeros((32, 128, 3))
-
-def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-def said(ax): return [t.get_text() for t in ax.texts]
-def lines(ax): return [l for l in ax.lines if not l.get_label().startswith('_')]
-def hexed(c): return matplotlib.colors.to_hex(c).upper()
-
-@pytest.fixture(autouse=True)
-def closed():
-    torch.set_num_threads(1)
-    with matplotlib.rc_context():
-        use_style()
-        yield
-    plt.close('all')
-
-@pytest.fixture(scope='module')
-def model():
-    torch.manual_seed(0)
-    return make_model('restran_tiny').eval()
-
-@pytest.fixture(scope='module')
-def seen(model): return probe(model, randn(5, 3, 3, 32, 128), chunk=2)
+from drawing import closed, lines, model, randn, seen
 
 
 # ---- looking

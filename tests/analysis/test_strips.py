@@ -1,13 +1,10 @@
 """What is drawn of a network: the values, how many artists, the labels."""
-import matplotlib
-matplotlib.use('agg')
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from kdocr.analysis.figures import TERM_STYLES, plot_spikes, use_style
-from kdocr.models.restran import make_model
+from kdocr.analysis.figures import TERM_STYLES, plot_spikes
 from kdocr.distill.similarity import cosine_by_position, error_by_position, pca_rgb
 from kdocr.analysis.probe import probe
 from kdocr.analysis.strips import (STRIP_STYLES, Strip, attention_strips, channel_frame, channel_strips,
@@ -15,30 +12,7 @@ from kdocr.analysis.strips import (STRIP_STYLES, Strip, attention_strips, channe
                                    plot_channels, plot_fusion, plot_heads, plot_layers, plot_strips, save_plot,
                                    tap_strips)
 from kdocr.analysis.curves import column
-
-ARMS = ['random init, control', 'random init, distilled', "teacher's weights, distilled"]
-PLATE = np.zeros((32, 128, 3))
-
-def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-def said(ax): return [t.get_text() for t in ax.texts]
-def lines(ax): return [l for l in ax.lines if not l.get_label().startswith('_')]
-def hexed(c): return matplotlib.colors.to_hex(c).upper()
-
-@pytest.fixture(autouse=True)
-def closed():
-    torch.set_num_threads(1)
-    with matplotlib.rc_context():
-        use_style()
-        yield
-    plt.close('all')
-
-@pytest.fixture(scope='module')
-def model():
-    torch.manual_seed(0)
-    return make_model('restran_tiny').eval()
-
-@pytest.fixture(scope='module')
-def seen(model): return probe(model, randn(5, 3, 3, 32, 128), chunk=2)
+from drawing import ARMS, closed, hexed, lines, model, PLATE, randn, said, seen
 
 
 # ---- strips

@@ -214,3 +214,13 @@ def test_a_cache_that_cannot_be_exact_is_refused_with_the_reason(student_cfg):
     for how, why in ((dict(), 'n_fixed_augs'), (dict(aug_strength=0., recombine_p=.5), 'recombine_p'), (dict(aug_strength=0., clean_hr_guided=False), "student's own view")):
         cfg = student_cfg.model_copy(update=dict(teacher_cache='on', **how))
         with pytest.raises(KdocrError, match=f'teacher_cache: on, but .*{why}'): train_kd(cfg)
+
+
+def test_a_lost_published_teacher_comes_back_and_another_run_publishes_nothing(tmp_path):
+    run = train_kd(small(tmp_path, name='hr'))
+    whole = run.published.read_bytes()
+    run.published.unlink()
+    with pytest.raises(KdocrError, match='holds another run: lr is'): train_kd(small(tmp_path, name='hr', lr=1e-4))
+    assert not run.published.exists()
+    train_kd(small(tmp_path, name='hr'))
+    assert run.published.read_bytes() == whole
