@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_SPACE', 'KdocrError', 'nearest', 'atomic_write', 'write_json', 'read_json', 'writable', 'wait_lock',
            'TemporaryFailure', 'try_lock', 'digest', 'seed_of', 'np_rng', 'to_device', 'progress', 'Stopped',
-           'stop_signals', 'guard']
+           'stop_signals', 'guard', 'run_app']
 
 # %% ../nbs/01_core.ipynb #0002
 import difflib, errno, fcntl, hashlib, json, os, signal, socket, sys, tempfile, threading
@@ -101,7 +101,6 @@ def try_lock(lock:Path, # a file that stands for the work
             if e.errno not in NO_SPACE: raise # a full disk takes the name, not the lock
         yield
 
-
 # %% ../nbs/01_core.ipynb #0014
 def digest(*parts) -> str: # 16 hexadecimal digits
     "A stable name for the given values: the same in every process and on every machine."
@@ -173,3 +172,12 @@ def guard(command, *args) -> int: # the exit status
     except KdocrError as e: print(f'kdocr: {e}', file=sys.stderr); return e.exit_code
     except KeyboardInterrupt: print('kdocr: interrupted', file=sys.stderr); return 130
     except BrokenPipeError: sys.stderr.close(); return 141
+
+# %% ../nbs/01_core.ipynb #a24f2e82
+def run_app(app, argv:list[str]|None=None): # a `cyclopts.App`; by default the arguments of the process
+    "Return what the command that `argv` names returns. Raises `KdocrError` on a mistake in `argv`, with the nearest word."
+    from cyclopts import CycloptsError
+    try: return app(argv, exit_on_error=False, print_error=False, result_action='return_value')
+    except CycloptsError as e:
+        command = ' '.join([app.name[0], *(e.command_chain or [])])
+        raise KdocrError(f'{" ".join(str(e).split())} (see: {command} --help)') from None

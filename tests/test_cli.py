@@ -1,12 +1,14 @@
 """The command line as a shell sees it: one line for a mistake, and a status to go by."""
 import json, re, subprocess, sys
 import pytest
-from kdocr.cli import main, parser
+from kdocr.cli import app, main
+from kdocr.training.command import train_app
 
 
-COMMANDS = ['demo', 'synth', 'check', 'pack', 'read', 'run', 'runs', 'report', 'compare', 'sweep', 'bench', 'submit', 'check-submission', 'export', 'card']
+COMMANDS = ['demo', 'synth', 'check', 'pack', 'read', 'run', 'sweep', 'ls', 'compare', 'report', 'submit', 'export',
+            'bench', 'notebooks']
 
-def kdocr(*args, **kw): return subprocess.run([sys.executable, '-m', 'kdocr.cli', *args], capture_output=True, text=True, **kw)
+def kdocr(*args, **kw): return subprocess.run([sys.executable, '-m', 'kdocr', *args], capture_output=True, text=True, **kw)
 
 def test_help_names_every_command():
     r = kdocr('--help')
@@ -14,13 +16,35 @@ def test_help_names_every_command():
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_help_of_each(command, capsys):
-    with pytest.raises(SystemExit) as e: parser().parse_args([command, '--help'])
-    assert e.value.code == 0 and command in capsys.readouterr().out
+    assert main([command, '--help']) == 0
+    assert f'Usage: kdocr {command}' in capsys.readouterr().out
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert main([]) == 0 and 'Usage: kdocr COMMAND' in capsys.readouterr().out
+
+def test_the_version_is_that_of_the_package(capsys):
+    from kdocr import __version__
+    assert main(['--version']) == 0 and capsys.readouterr().out == f'{__version__}\n'
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh', 'fish'])
+@pytest.mark.parametrize('command', ['kdocr', 'train_kd'])
+def test_shells_complete_commands_and_flags(command, shell):
+    script, words = {'kdocr': (app, ['sweep', 'tta-below']), 'train_kd': (train_app, ['teacher-checkpoint'])}[command]
+    script = script.generate_completion(shell=shell)
+    assert all(word in script for word in words)
+
+def test_notebooks_are_copied_out_and_never_overwritten(tmp_path, capsys):
+    assert main(['notebooks', str(tmp_path/'new')]) == 0
+    assert (tmp_path/'new/00_tour.ipynb').is_file() and (tmp_path/'new/runs/train_kd.ipynb').is_file()
+    (tmp_path/'new/00_tour.ipynb').write_text('mine')
+    assert main(['notebooks', str(tmp_path/'new')]) == 2
+    assert (tmp_path/'new/00_tour.ipynb').read_text() == 'mine' and 'exists already' in capsys.readouterr().err
 
 @pytest.mark.parametrize('args, said', [
-    ([], 'COMMAND'), (['dmeo'], "invalid choice: 'dmeo'"), (['demo', '--fast'], '--fast'), (['demo', '--cores', 'two'], 'two'),
+    (['dmeo'], 'Unknown command "dmeo". Did you mean "demo"?'), (['demo', '--quik'], 'Did you mean --quick?'), (['demo', '--cores', 'two'], 'two'),
+    (['sweep', 'f.yaml', '--cluster', 'slrum'], 'Did you mean "slurm"?'), (['synth', 'd', 'e'], "['e']"),
     (['run', 'train_kdd'], "notebook train_kdd: no such file: did you mean 'train_kd'?"), (['run', 'train_kd', '-p', 'step', '9'], "no parameter 'step': did you mean 'steps'?"),
-    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere'), (['sweep', 'f.yaml', '--gpus', '-1'], '--gpus'), (['synth', 'd', '--tracks', '-5'], '--tracks'), (['check', ''], 'argument DATA: an empty path'), (['submit', ''], 'argument TESTDIR: an empty path'), (['export', 'x', '--data', ''], 'argument --data: an empty path'), (['compare'], 'RUN'), (['compare', '/nowhere'], '/nowhere: not a run folder')])
+    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere'), (['sweep', 'f.yaml', '--gpus', '-1'], '--gpus'), (['synth', 'd', '--tracks', '-5'], '--tracks'), (['check', ''], 'an empty path'), (['submit', ''], 'an empty path'), (['export', 'x', '--data', ''], '--data: an empty path'), (['compare'], 'RUNS'), (['compare', ''], 'RUNS'), (['compare', '/nowhere'], '/nowhere: not a run folder')])
 def test_a_mistake_is_one_line_and_status_2(args, said, capfd):
     assert main(args) == 2
     out, err = capfd.readouterr()
@@ -32,13 +56,18 @@ def test_nothing_heavy_is_imported_for_help():
 
 def test_help_of_run_names_every_shipped_notebook(capsys):
     from kdocr.jobs.notebooks import _shipped_notebooks
-    with pytest.raises(SystemExit): parser().parse_args(['run', '--help'])
+    main(['run', '--help'])
     said = capsys.readouterr().out
     assert set(_shipped_notebooks()) <= set(re.findall(r'\w+', said))
 
 def test_run_lists_parameters(capsys):
     assert main(['run', 'train_kd', '--parameters']) == 0
     assert 'distill_weight = 1.0' in capsys.readouterr().out
+
+@pytest.mark.parametrize('value', ['[1,2]', '{"a": 1}', '', '-1', '--b'])
+def test_a_parameter_reaches_the_notebook_as_it_was_written(value):
+    words = ['run', 'n', '-p', 'x', value, '-p', 'y', '2']
+    assert app.parse_args(words, exit_on_error=False)[1].arguments['p'] == [('x', value), ('y', '2')]
 
 @pytest.fixture
 def results(tmp_path):

@@ -61,7 +61,7 @@ def test_a_folder_belongs_to_one_demo(tmp_path):
 
 @pytest.mark.slow
 def test_the_quick_demo_goes_on_after_a_kill_and_tells_who_won(tmp_path):
-    command = [sys.executable, '-m', 'kdocr.cli', 'demo', '--quick', '--out', str(tmp_path/'demo')]
+    command = [sys.executable, '-m', 'kdocr', 'demo', '--quick', '--out', str(tmp_path/'demo')]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path/'demo/teacher/checkpoints/last.pth').exists():
         assert first.poll() is None, 'ended before its first checkpoint'

@@ -162,7 +162,7 @@ except KeyboardInterrupt: pathlib.Path({str(tmp_path/"saved")!r}).touch(); raise
     _interrupt([run])
     assert run.done() and (tmp_path/'saved').exists() and 'KeyboardInterrupt' in outputs(tmp_path/'kept.ipynb')
 
-def start(*args, **kw): return subprocess.Popen([sys.executable, '-m', 'kdocr.cli', 'run', *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kw)
+def start(*args, **kw): return subprocess.Popen([sys.executable, '-m', 'kdocr', 'run', *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kw)
 
 def until(true, what):
     for _ in range(600):

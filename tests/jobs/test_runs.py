@@ -74,14 +74,14 @@ def test_a_damaged_folder_is_a_row_and_stops_nobody(results, file, text, capsys)
     (results/'hr'/file).write_bytes(text if isinstance(text, bytes) else text.encode())
     rows = {r['name']: r for r in read_runs(results)}
     assert rows['hr']['state'] == 'damaged' and rows['hr']['error'] and len(rows) == 5 and rows['exp/soft-0']['state'] == 'running'
-    assert main(['runs', str(results), '--filter', 'lr=0.003']) == 0 and main(['runs', str(results), '--json']) == 0
+    assert main(['ls', str(results), '--filter', 'lr=0.003']) == 0 and main(['ls', str(results), '--json']) == 0
     assert 'soft-0' in capsys.readouterr().out
 
 def test_a_fault_that_only_a_filter_finds(results, capsys):
     "Where the five lines of the columns can be read, and the rest cannot."
     with open(results/'hr/config.yaml', 'a') as f: f.write('lr: [')
     assert states(read_runs(results))['hr'] == 'finished'
-    assert main(['runs', str(results), '--json']) == 0
+    assert main(['ls', str(results), '--json']) == 0
     assert {r['name']: r['state'] for r in json.loads(capsys.readouterr().out)}['hr'] == 'damaged' and select(read_runs(results), ['lr=0.01'])[0]['name'] == 'exp/soft-1'
 
 def test_a_log_being_written(tmp_path):
@@ -107,25 +107,25 @@ def test_filters(results, filters, names): assert [r['name'] for r in select(rea
 def test_sorting(results, sort, reverse, names): assert [r['name'] for r in select(read_runs(results), sort=sort, reverse=reverse)] == names
 
 def test_the_table(results, capsys):
-    assert main(['runs', str(results), '--sort', 'test']) == 0
+    assert main(['ls', str(results), '--sort', 'test']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ['run', 'state', 'step', 'mode', 'arm', 'seed', 'val', '%', 'test', '%', 'n', 'age', 'error']
     assert lines[1].split()[:9] == ['hr', 'finished', '10', 'of', '10', 'teacher', '0', '90.0', '50.0'] and lines[-1] == '5 runs: 1 dead, 1 failed, 1 finished, 1 new, 1 running'
     assert [_format_age(s) for s in (None, 59, 60, 3600, 86400 * 9)] == ['', '59 s', '1 min', '1 h', '9 d'] and runs_text([]) == 'no runs'
 
 def test_json_says_all(results, capsys):
-    assert main(['runs', str(results), '--json', '--filter', 'name=hr']) == 0
+    assert main(['ls', str(results), '--json', '--filter', 'name=hr']) == 0
     said, = json.loads(capsys.readouterr().out)
     assert said['config']['lr'] == .003 and said['test'] == .5 and said['folder'] == str(results/'hr')
 
 @pytest.mark.parametrize('args, said', [(['--sort', 'tset'], "no column or setting 'tset': did you mean 'test'?"), (['--filter', 'lrr=1'], "no column or setting 'lrr': did you mean 'lr'?"), (['--filter', 'lr'], 'KEY=VALUE is needed')])
 def test_unknown_keys_are_named(results, capsys, args, said):
-    assert main(['runs', str(results), *args]) == 2 and said in capsys.readouterr().err
+    assert main(['ls', str(results), *args]) == 2 and said in capsys.readouterr().err
 
 def test_no_such_folder(tmp_path, capsys):
-    assert main(['runs', str(tmp_path/'none')]) == 2 and 'none: no such folder' in capsys.readouterr().err
-    assert _run_folders(tmp_path) == [] and main(['runs', str(tmp_path)]) == 0
+    assert main(['ls', str(tmp_path/'none')]) == 2 and 'none: no such folder' in capsys.readouterr().err
+    assert _run_folders(tmp_path) == [] and main(['ls', str(tmp_path)]) == 0
 
 def test_nothing_heavy_is_imported(results):
-    code = f"import sys\nfrom kdocr.cli import main\nmain(['runs', {str(results)!r}])\nsys.exit(any(m in sys.modules for m in ('torch', 'pandas', 'papermill', 'matplotlib')))"
+    code = f"import sys\nfrom kdocr.cli import main\nmain(['ls', {str(results)!r}])\nsys.exit(any(m in sys.modules for m in ('torch', 'pandas', 'papermill', 'matplotlib')))"
     assert subprocess.run([sys.executable, '-c', code], stdout=subprocess.DEVNULL).returncode == 0

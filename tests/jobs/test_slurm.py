@@ -44,7 +44,7 @@ def test_an_array_with_a_preempted_job_ends_as_if_nothing_had_been(slurm, tmp_pa
     out, file = tmp_path/'out', tmp_path/'plan.yaml'
     arms = dict(control=dict(teacher='hr', distill_weight=0), taught=dict(teacher='hr', control='control'))
     file.write_text(yaml.safe_dump(dict(out=str(out), seeds=[0], base=dict(BASE, data=drawn()), teachers=dict(hr=dict(steps=6)), arms={k: dict(v, steps=40) for k, v in arms.items()})))
-    sweep = [sys.executable, '-m', 'kdocr.cli', 'sweep', str(file), '--cluster', 'slurm', '--partition', 'main', '--time', '30', '--mem', '0.2']
+    sweep = [sys.executable, '-m', 'kdocr', 'sweep', str(file), '--cluster', 'slurm', '--partition', 'main', '--time', '30', '--mem', '0.2']
     first = subprocess.Popen(sweep, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     students = [RunFolder(out/'control-0'), RunFolder(out/'taught-0')]
     until(lambda: students[0].last.exists() or students[1].last.exists() or first.poll() is not None, 'a student trains')

@@ -34,7 +34,7 @@ def test_figures_are_the_runs_own(run):
 def test_other_predictions_stand_beside(run, tmp_path, capsys):
     preds = [Prediction(f'{i}.jpg', 'ABC1234', 'ABC1234' if i < 10 else 'ABC1235', .9, 'Brazilian', '', 13 if i >= 20 else 40) for i in range(60)]
     write_predictions(tmp_path/'p.csv', preds)
-    assert main(['card', str(run), '--out', str(tmp_path/'out'), '--also', 'photographs, night', str(tmp_path/'p.csv')]) == 0
+    assert main(['export', str(run), '--card', '--out', str(tmp_path/'out'), '--also', 'photographs, night', str(tmp_path/'p.csv')]) == 0
     assert capsys.readouterr().out.strip() == f'{tmp_path}/out/card.md'
     c, text = read_json(tmp_path/'out'/'card.json'), (tmp_path/'out'/'card.md').read_text()
     a = c['accuracy']['photographs, night']

@@ -475,7 +475,7 @@ def test_an_empty_path_is_not_the_present_folder(capsys):
 def on_a_terminal(*args):
     "What a person sees, with standard output and error on one terminal."
     outer, inner = pty.openpty()
-    p = subprocess.Popen([sys.executable, '-m', 'kdocr.cli', *args], stdout=inner, stderr=inner)
+    p = subprocess.Popen([sys.executable, '-m', 'kdocr', *args], stdout=inner, stderr=inner)
     os.close(inner)
     seen = b''
     try:
@@ -494,7 +494,7 @@ def test_a_terminal_is_told_once(onnx_bars, tmp_path):
 def test_whoever_reads_us_may_have_enough(onnx_bars, tmp_path):
     "`| head -1` ends us quietly; a full disk does so in one line."
     save(tmp_path/'a.png')
-    cmd = [sys.executable, '-m', 'kdocr.cli', 'read', *[str(tmp_path/'a.png')]*300, '--ckpt', str(onnx_bars), '--format', 'jsonl']
+    cmd = [sys.executable, '-m', 'kdocr', 'read', *[str(tmp_path/'a.png')]*300, '--ckpt', str(onnx_bars), '--format', 'jsonl']
     p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert json.loads(p.stdout.readline())['text'] == TEXT
     p.stdout.close()
@@ -507,7 +507,7 @@ def test_what_is_no_file_is_written_to_and_not_replaced(onnx_bars, tmp_path):
     (tmp_path/'real').mkdir(); (tmp_path/'link.jsonl').symlink_to(tmp_path/'real/x.jsonl')
     for _ in range(2): assert main([*asked, str(tmp_path/'link.jsonl')]) == 0 and (tmp_path/'link.jsonl').is_symlink() and json.loads((tmp_path/'real/x.jsonl').read_text())['text'] == TEXT
     os.mkfifo(tmp_path/'pipe')
-    p = subprocess.Popen([sys.executable, '-m', 'kdocr.cli', *asked, str(tmp_path/'pipe')])
+    p = subprocess.Popen([sys.executable, '-m', 'kdocr', *asked, str(tmp_path/'pipe')])
     assert json.loads((tmp_path/'pipe').read_text())['text'] == TEXT and p.wait() == 0 and not (tmp_path/'pipe').is_file()
 
 def test_broken_exif_is_passed_over_in_silence(tmp_path):

@@ -138,12 +138,12 @@ def test_a_text_that_fills_the_memory_is_not_unpacked(competition, tmp_path):
 
 
 def test_the_commands_exit_status(competition, tmp_path, capsys):
-    assert main(['check-submission', str(packed(tmp_path/'s.zip')), str(competition)]) == 0
+    assert main(['submit', str(competition), '--check', str(packed(tmp_path/'s.zip'))]) == 0
     assert 'every track once' in capsys.readouterr().out
-    assert main(['check-submission', str(packed(tmp_path/'s.zip', GOOD.replace('0.5000', '2'))), str(competition)]) == 1
+    assert main(['submit', str(competition), '--check', str(packed(tmp_path/'s.zip', GOOD.replace('0.5000', '2')))]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 3
-    assert main(['check-submission', str(tmp_path/'nowhere.zip'), str(competition)]) == 2
-    assert main(['check-submission', str(tmp_path/'s.zip'), str(tmp_path/'nowhere')]) == 2
+    assert main(['submit', str(competition), '--check', str(tmp_path/'nowhere.zip')]) == 2
+    assert main(['submit', str(tmp_path/'nowhere'), '--check', str(tmp_path/'s.zip')]) == 2
     assert capsys.readouterr().err.splitlines() == [f'kdocr: {tmp_path}/nowhere.zip: No such file or directory', f'kdocr: {tmp_path}/nowhere: no such folder']
 
 

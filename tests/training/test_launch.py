@@ -125,7 +125,7 @@ def killed_at(run, rank, at, delay, pid=None):
     return t
 
 
-def command(*args): return subprocess.Popen([sys.executable, '-m', 'kdocr.cli', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command(*args): return subprocess.Popen([sys.executable, '-m', 'kdocr', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 @pytest.mark.slow
 def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):

@@ -153,8 +153,8 @@ def test_a_teacher_that_was_exchanged_is_noticed(student_cfg, teacher_run, tmp_p
 
 
 def test_keys_and_flags_by_name(tmp_path, fails):
-    fails(['--batchsize', '8'], "'--batchsize': did you mean '--batch_size'?")
-    fails(['--teacher-chkpt', 'x'], 'did you mean')
+    fails(['--batchsize', '8'], '--batchsize. Did you mean --batch-size?')
+    fails(['--teacher-chkpt', 'x'], 'Did you mean --teacher-ckpt?')
     fails(['--lr', 'fast'], 'lr: Input should be a valid number', "'fast'")
     (tmp_path/'my.yaml').write_text('distil_weight: 2\n')
     fails(['--config', tmp_path/'my.yaml'], 'my.yaml', "'distil_weight'", "did you mean 'distill_weight'?")
