@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 from cyclopts import App, Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveFloat
-from . import __version__
+import kdocr
 from .core import KdocrError, guard, run_app, write_json
 from .charset import DEFAULT_CHARS
 
 # %% ../nbs/80_cli.ipynb #9407debd
 _DATA, _TRAIN, _RUNS, _READ, _MORE = [Group(title, sort_key=i) for i, title in enumerate(
     ['Data', 'Train', 'Compare', 'Read plates', 'Speed and lessons'])]
-app = App('kdocr', version=__version__, help_format='markdown', default_parameter=Parameter(negative=()), help=
+app = App('kdocr', version=kdocr.__version__, help_format='markdown', default_parameter=Parameter(negative=()), help=
            'Does a low-resolution reader learn from a high-resolution teacher? Train both and compare.\n\n'
            'Training itself is `train_kd --help`. `kdocr COMMAND --help` explains a command.')
 app.register_install_completion_command()
@@ -313,7 +313,7 @@ def _notebooks(folder:_Path, /):
 
     Args:
         folder: Where they go; it must not exist yet."""
-    package = Path(__file__).parent
+    package = Path(kdocr.__file__).parent
     source = next(p for p in (package.parent/'nbs', package/'nbs') if (p/'runs').is_dir())
     if folder.exists(): raise KdocrError(f'{folder}: exists already; name a new folder')
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns('.ipynb_checkpoints', '__pycache__'))
