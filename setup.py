@@ -17,5 +17,6 @@ setup(
     package_data={'kdocr.assets': ['configs/*.yaml', 'fonts/*', 'reader/*'], **{name: ['*.ipynb', '*.yaml', '*.png'] for name in notebooks}},
     install_requires=cfg['requirements'].split(),
     extras_require={'export': cfg['export_requirements'].split(),
-                    'dev': (cfg['dev_requirements'] + ' ' + cfg['export_requirements']).split()},
+                    'docs': cfg['docs_requirements'].split(),
+                    'dev': ' '.join(cfg[f'{extra}_requirements'] for extra in ('dev', 'export', 'docs')).split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False)
