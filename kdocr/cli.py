@@ -10,7 +10,7 @@ import json, os, shutil, sys
 from pathlib import Path
 from typing import Annotated, Literal
 from cyclopts import App, Group, Parameter
-from cyclopts.types import NonNegativeInt, PositiveFloat
+from cyclopts.types import NonNegativeInt
 import kdocr
 from .core import KdocrError, guard, run_app, write_json
 from .charset import DEFAULT_CHARS
@@ -28,11 +28,15 @@ def _path(type_, tokens):
     if not tokens[0].value: raise ValueError('an empty path')
     return Path(tokens[0].value)
 
+def _finite(type_, seconds):
+    if seconds is not None and not 0 < seconds < float('inf'): raise ValueError('seconds above 0')
+
 def _pairs(type_, tokens):
     words = [token.value for token in tokens]
     return list(zip(words[::2], words[1::2]))
 
 _Path = Annotated[Path, Parameter(converter=_path)]
+_Seconds = Annotated[float|None, Parameter(validator=_finite)]
 _Files = Annotated[list[_Path], Parameter(consume_multiple=True)]
 _Pairs = Annotated[list, Parameter(n_tokens=2, converter=_pairs, allow_leading_hyphen=True, show_default=False)]
 
@@ -97,7 +101,7 @@ def _demo(*, out:_Path|None=None, data:_Path|None=None, charset:str|None=None, q
     demo(out, data=data, quick=quick, cores=cores, charset=charset)
 
 @app.command(group=_TRAIN)
-def _run(notebook:str, /, *, p:Annotated[_Pairs, Parameter('-p')]=[], timeout:PositiveFloat|None=None,
+def _run(notebook:str, /, *, p:Annotated[_Pairs, Parameter('-p')]=[], timeout:_Seconds=None,
          parameters:bool=False):
     """Run a notebook without a browser. It is kept in the run folder, also when it fails.
 
@@ -106,8 +110,8 @@ def _run(notebook:str, /, *, p:Annotated[_Pairs, Parameter('-p')]=[], timeout:Po
     case status.json gives the reason, and the same command continues from the last checkpoint.
 
     Args:
-        notebook: A path, or the name of a shipped notebook: train_kd, sweep, ablate_taps, reader, photographs_reader; explore,
-            feature_alignment, loss_curves, errors, recipes, frames, peers, unseen, benchmark.
+        notebook: A path, or the name of a shipped notebook: train_kd, sweep, ablate_taps, reader, photographs_reader;
+            explore, feature_alignment, loss_curves, errors, recipes, frames, peers, unseen, benchmark.
         p: KEY VALUE: set a parameter. Repeat it for further ones.
         timeout: Seconds after which it is interrupted, as by Ctrl-C; a training saves a checkpoint first.
         parameters: Only list the parameters and their defaults."""
@@ -188,10 +192,9 @@ def _ls(results:_Path=Path('results'), /, *, filter:list[str]=[], sort:str='name
         sort: Sort by a column or a setting.
         reverse: Largest first.
         as_json: All that is known of each run, as JSON."""
-    from kdocr.jobs.runs import read_runs, run_settings, runs_text, select
+    from kdocr.jobs.runs import read_runs, runs_text, select
     rows = select(read_runs(results), filter, sort, reverse)
-    if not as_json: print(runs_text(rows))
-    else: print(json.dumps([{'config': run_settings(r), **r} for r in rows], indent=2, ensure_ascii=False, default=str))
+    print(json.dumps(rows, indent=2, ensure_ascii=False, default=str) if as_json else runs_text(rows))
 
 @app.command(group=_RUNS)
 def _compare(runs:_Files, /, *, out:_Path=Path('compare'), control:str=''):
@@ -233,7 +236,8 @@ def _report(runs:_Files, /, *, out:_Path=Path('report.html')):
 # %% ../nbs/80_cli.ipynb #cf405f59
 @app.command(group=_READ)
 def _read(paths:_Files, /, *, ckpt:_Path|None=None, decoder:str='constrained', layout:str='auto', frames:str='auto',
-          tta_below:float=.8, format:Annotated[str, Parameter(show_default=False)]='', out:_Path|None=None, batch:NonNegativeInt=64, device:str='auto'):
+          tta_below:float=.8, format:Annotated[str, Parameter(show_default=False)]='', out:_Path|None=None,
+          batch:NonNegativeInt=64, device:str='auto'):
     """Read plates: images, folders of images, tracks of frames. Exit status 1 if one could not be read; each is named.
 
     Args:
@@ -317,7 +321,7 @@ def _notebooks(folder:_Path, /):
     source = next(p for p in (package.parent/'nbs', package/'nbs') if (p/'runs').is_dir())
     if folder.exists(): raise KdocrError(f'{folder}: exists already; name a new folder')
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns('.ipynb_checkpoints', '__pycache__'))
-    print(f'{len(list(folder.rglob("*.ipynb")))} notebooks in {folder}; begin with: jupyter lab {folder/"00_tour.ipynb"}')
+    print(f'{len(list(folder.rglob("*.ipynb")))} notebooks; begin with: jupyter lab {folder/"00_tour.ipynb"}')
 
 # %% ../nbs/80_cli.ipynb #c44857e9
 def main(argv:list[str]|None=None) -> int: # the exit status

@@ -38,10 +38,10 @@ write_json(folder/'scores.json', dict(val=dict(n=10, exact_match=float(1 / (1 + 
 COMMAND = '''
 import json, sys
 from kdocr.core import guard
-from kdocr.jobs.queue import Job, _Lines, run_jobs
+from kdocr.jobs.queue import Job, run_jobs
 plan = json.load(open(sys.argv[1]))
 def command():
-    rows = run_jobs([Job(*j) for j in plan['jobs']], plan['out'], plan['notebook'], int(sys.argv[2]), retries=plan.get('retries', 2), go_on=True, show=_Lines)
+    rows = run_jobs([Job(*j) for j in plan['jobs']], plan['out'], plan['notebook'], int(sys.argv[2]), retries=plan.get('retries', 2), go_on=True)
     return sum(r.state != 'finished' for r in rows.values())
 sys.exit(guard(command))'''
 

@@ -74,4 +74,4 @@ def _rank(argv): # does not return
     sys.stderr.flush()
     os._exit(status)
 
-if __name__ == '__main__' and 'ipykernel' not in sys.modules: sys.exit(train_command()) # `python -m kdocr.training.command`
+if __name__ == '__main__' and 'ipykernel' not in sys.modules: sys.exit(train_command())

@@ -6,7 +6,8 @@ from kdocr.core import KdocrError, read_json
 from kdocr.config import make_config
 from kdocr.analysis.compare import control_of, read_run
 from kdocr.analysis.demo import _FULL_DEMO, _QUICK_DEMO, _claim_folder, _demo_jobs
-from kdocr.jobs.queue import Job, Tail, run_jobs
+from kdocr.jobs.queue import Job, run_jobs
+from kdocr.jobs.status import log_end
 
 NAMES = ['teacher', 'random_control', 'random_distilled', 'warm_control', 'warm_distilled']
 
@@ -40,7 +41,7 @@ def test_a_student_waits_for_its_teacher_and_a_second_call_finds_nothing_to_do(c
     end = (tmp_path/'teacher/scores.json').stat().st_mtime
     assert starts(tmp_path/'control')[0] < end <= starts(tmp_path/'student')[0] + .1
     run_jobs(todo, tmp_path, counting, 2)
-    assert all(len(starts(tmp_path/j.name)) == 1 and Tail(tmp_path/j.name/'metrics.jsonl').read().step == j.steps for j in todo)
+    assert all(len(starts(tmp_path/j.name)) == 1 and log_end(tmp_path/j.name/'metrics.jsonl')[0]['step'] == j.steps for j in todo)
 
 def test_what_is_finished_is_not_run_again_and_the_rest_is(counting, tmp_path):
     todo = [job(tmp_path, 'teacher'), job(tmp_path, 'student', 'teacher')]

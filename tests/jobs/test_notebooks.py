@@ -9,9 +9,9 @@ from kdocr.cli import main
 from kdocr.core import KdocrError, TemporaryFailure, read_json
 from kdocr.config import Config
 from kdocr.jobs.notebooks import (NotebookRun, _exclusive, check_parameters, _interrupt, notebook_path, parameters,
-                                  read_status, run_notebook, _shipped_notebooks, current_state)
+                                  read_status, run_notebook, _shipped_notebooks)
 from kdocr.training.run_folder import RunFolder
-from kdocr.jobs.status import Status, _utc
+from kdocr.jobs.status import Status, _utc, current_state
 
 
 def write(path, *cells):
@@ -142,10 +142,10 @@ def test_a_runner_on_another_machine(tmp_path, monkeypatch):
     says = lambda **kw: (tmp_path/'status.json').write_text(json.dumps({**there, **kw}))
     says()
     monkeypatch.setattr(notebooks.time, 'sleep', lambda s: says(heartbeat=_utc()))
-    with pytest.raises(TemporaryFailure, match='n.ipynb, pid 1 on elsewhere'): _exclusive(tmp_path, 'me')
+    with pytest.raises(TemporaryFailure, match='n.ipynb, pid 1 on elsewhere'), _exclusive(tmp_path, 'me'): pass
     says()
     monkeypatch.setattr(notebooks.time, 'sleep', lambda s: says(heartbeat=_utc(61)))
-    _exclusive(tmp_path, 'me').close()
+    with _exclusive(tmp_path, 'me'): pass
 
 def test_four_at_once(notebook, tmp_path):
     runs = [NotebookRun(notebook, tmp_path/f'{i}.ipynb', dict(count=i)) for i in range(4)]

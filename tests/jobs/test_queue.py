@@ -15,9 +15,9 @@ from contextlib import ExitStack
 import nbformat
 import pytest
 
-from kdocr.core import KdocrError, read_json, try_lock
-from kdocr.jobs.queue import (_Batch, _JobFiles, DiskFull, Job, _Lines, _Slot, JobState, _Table, Tail, _JobProcess,
-                              disk_full, finished, _is_locked, _take_lock, slots, run_jobs, start, _table_lines)
+from kdocr.core import KdocrError, is_locked, read_json, try_lock
+from kdocr.jobs.queue import (_Batch, _JobFiles, DiskFull, Job, _Slot, JobState, _Progress, _JobProcess, disk_full, finished,
+                              slots, run_jobs)
 from kdocr.jobs.status import Status
 from sweeping import COMMAND, at_work, command, notebook, plan, quick, undisturbed
 
@@ -40,26 +40,12 @@ def test_places_share_the_cores_and_never_a_gpu():
     assert [p.gpu for p in slots(8, list(range(8)), ['0', '1'])] == ['0', '1'] and len(slots(1, [0, 1], ['0', '1'])) == 1
 
 
-def test_a_log_that_grows_is_cut_and_grows_again(tmp_path):
-    log = Tail(tmp_path/'m.jsonl')
-    assert (log.read().step, log.exact, log.pace) == (0, None, None)
-    log.path.write_text(''.join(f'{{"step": {i}, "seconds": {i}}}\n' for i in range(1, 200)) + '{"step": 200, "val_exact_match": 0.5}\n{"step": 20')
-    assert (log.read().step, log.exact, log.pace) == (200, .5, None)
-    with open(log.path, 'a') as f: f.write('1, "seconds": 402}\n')
-    assert (log.read().step, log.exact, log.pace) == (201, .5, 2)
-    with open(log.path, 'a') as f: f.write('3\nof somebody else\n')
-    assert (log.read().step, log.exact) == (201, .5)
-    (tmp_path/'new').write_text('{"step": 3}\n' * 500)
-    (tmp_path/'new').replace(log.path)
-    assert (log.read().step, log.exact) == (3, None)
-
-
 class Here:
-    "An engine that does a job at once, in this process."
+    "An executor that does a job at once, in this process."
     pause, lasting = 0, False
     def __init__(self): self.made = []
-    def room(self): return 1
-    def going(self): return {}
+    def free(self): return [0]
+    def present(self): return {}
     def stop(self, numbers): pass
     def clear(self, number): pass
     def submit(self, works, after=None):
@@ -73,8 +59,8 @@ class Here:
 def made(tmp_path, cell, meanwhile=lambda batch: None, retries=2):
     "One job whose notebook is `cell`, until it is over: its row, and how often it was started."
     batch = _Batch([Job('a', None, {}, trains=False)], tmp_path, notebook(tmp_path/'n.ipynb', cell, 'x = 1'), Here(), retries)
-    while batch.open: start(batch); batch.look(); meanwhile(batch)
-    return batch.rows['a'], len(batch.engine.made)
+    while batch.open: batch.start(); batch.check(); meanwhile(batch)
+    return batch.rows['a'], len(batch.executor.made)
 
 
 @pytest.mark.parametrize('error', ["ZeroDivisionError('division by zero')", "RuntimeError('its kernel died; another process is at work on this run')"])
@@ -108,7 +94,7 @@ def test_a_folder_that_is_taken_is_waited_for(tmp_path, monkeypatch, lock):
         other.enter_context(try_lock(tmp_path/'a'/lock, 'by hand'))
         def meanwhile(batch):
             row = batch.rows['a']
-            seen.append((row.state, row.taken, len(batch.engine.made)))
+            seen.append((row.state, row.taken, len(batch.executor.made)))
             row.later = 0
             if len(seen) == 3: other.close()
         row, times = made(tmp_path, 'pass', meanwhile)
@@ -139,15 +125,25 @@ if not taken.exists():
     assert seen[0] == 'elsewhere' and (row.state, times, row.tries) == ('finished', 2, 0)
 
 
-def test_a_table_that_is_too_long_shows_what_runs(tmp_path):
+def test_the_summary_counts_states_and_estimates_the_time_left(tmp_path, monkeypatch, capsys):
+    clock = [100.]
+    monkeypatch.setattr('kdocr.jobs.queue.time.monotonic', lambda: clock[0])
     rows = [JobState(Job(f'run{i}', 10, {}), tmp_path) for i in range(30)]
+    report = _Progress(rows)
+    assert capsys.readouterr().out.endswith(' 0 of 30 finished, 30 waiting\n')
     rows[17].state, rows[23].state, rows[3].state = 'running', 'failed', 'finished'
+    (tmp_path/'run3').mkdir()
+    (tmp_path/'run3/scores.json').write_text('{}')
     (tmp_path/'run17').mkdir()
-    (tmp_path/'run17/metrics.jsonl').write_text('{"step": 4, "seconds": 8, "val_exact_match": 0.25}\n')
-    lines = _table_lines(rows, 10)
-    assert len(lines) == 10 and [l.split() for l in lines[1:3]] == [['run17', 'running', '4/10', '25.0', '0:12'], ['run23', 'failed', '0/10']]
-    assert lines[-2] == '... and 23 more' and lines[-1] == '1 of 30 finished, 1 running, 27 waiting, 1 failed, 9:12 left'
-    assert len(_table_lines(rows)) == 32
+    (tmp_path/'run17/metrics.jsonl').write_text('{"step": 4, "val_exact_match": 0.25}\n')
+    clock[0] += 8
+    report.show()
+    assert [l.split(' ', 1)[1] for l in capsys.readouterr().out.splitlines()] == ['run3: finished', 'run17: running', 'run23: failed'], 'each change once'
+    report.show()
+    assert capsys.readouterr().out == ''
+    clock[0] += 61
+    report.show()
+    assert capsys.readouterr().out.endswith(' 1 of 30 finished, 1 running, 27 waiting, 1 failed, 22:40 left\n'), '14 steps in 69 s, 276 left' 
 
 
 def test_work_that_is_done_is_left_alone_and_what_it_needs_is_waited_for(tmp_path):
@@ -157,7 +153,7 @@ def test_work_that_is_done_is_left_alone_and_what_it_needs_is_waited_for(tmp_pat
     assert ends(_JobProcess(Job('a', 1, {}), file, tmp_path)) == 'finished' and [p.name for p in (tmp_path/'a').iterdir()] == ['scores.json']
     b = _JobProcess(Job('b', 1, {}, 'c'), file, tmp_path, need=Job('c', 1, {}))
     assert ends(b) == 'waits' and not (tmp_path/'b').exists()
-    with _take_lock(b.files.lock): assert ends(b) == 'held' and _is_locked(b.files.lock)
+    with try_lock(b.files.lock, 'b'): assert ends(b) == 'held' and is_locked(b.files.lock)
 
 
 def test_what_is_no_training_is_finished_where_its_status_says_so(tmp_path):
@@ -165,7 +161,7 @@ def test_what_is_no_training_is_finished_where_its_status_says_so(tmp_path):
     for n in 'ab': (tmp_path/n).mkdir()
     Status(tmp_path/'a').end('finished')
     (tmp_path/'b/status.json').write_text('{"state": "finished"') # damaged: written anew
-    rows = run_jobs([Job(n, None, dict(word=n), trains=False) for n in 'ab'], tmp_path, file, 1, show=_Lines)
+    rows = run_jobs([Job(n, None, dict(word=n), trains=False) for n in 'ab'], tmp_path, file, 1)
     assert [r.state for r in rows.values()] == ['finished'] * 2 and finished(tmp_path/'b', False) and not (tmp_path/'a/n.ipynb').exists() and (tmp_path/'b/n.ipynb').exists()
 
 
@@ -175,7 +171,7 @@ def test_a_failed_cell_is_not_tried_again_and_a_dead_kernel_is(tmp_path):
     r = call(file, env=quick(tmp_path))
     assert r.returncode == 1, r.stderr
     said = {n: re.findall(rf'^\S+ {n}: (.*)$', r.stdout, re.M) for n in ('good', 'broken', 'dies')}
-    assert said['good'] == ['running', f'finished, {100 * read_json(out/"good/scores.json")["val"]["exact_match"]:.1f} % exact']
+    assert said['good'] == ['running', f'finished, exact match {read_json(out/"good/scores.json")["val"]["exact_match"]:.1%}']
     assert said['broken'][0] == 'running' and said['broken'][1].startswith('failed: n.ipynb, cell 2: ZeroDivisionError: division by zero') and len(said['broken']) == 2
     assert said['dies'][0] == 'running' and re.match('running, try 2: n.ipynb.* its kernel died', said['dies'][1]) and said['dies'][2].startswith('finished')
     assert [(out/n/'begun').read_text() for n in said] == ['0\n', '0\n', '0\n1\n'], 'the second attempt goes on from the checkpoint'
@@ -185,12 +181,13 @@ def test_a_failed_cell_is_not_tried_again_and_a_dead_kernel_is(tmp_path):
 def test_a_run_that_another_process_holds_is_waited_for_and_said_so(tmp_path, capsys):
     file, lock = notebook(tmp_path/'n.ipynb'), _JobFiles(tmp_path, 'a').lock
     with ExitStack() as other:
-        other.enter_context(_take_lock(lock))
+        lock.parent.mkdir()
+        other.enter_context(try_lock(lock, 'a'))
         def end(): (tmp_path/'a').mkdir(); (tmp_path/'a/scores.json').write_text('{}'); other.close()
         threading.Timer(.7, end).start()
-        rows = run_jobs([Job('a', 1, {})], tmp_path, file, 1, show=_Lines)
+        rows = run_jobs([Job('a', 1, {})], tmp_path, file, 1)
     said = capsys.readouterr().out
-    assert rows['a'].state == 'finished' and 'a: elsewhere: another process is at work on it; waiting for that' in said and ': running' not in said
+    assert rows['a'].state == 'finished' and 'a: elsewhere: another process is at work on it; waiting for it to end' in said and ': running' not in said
 
 
 @pytest.mark.slow
@@ -271,15 +268,13 @@ def test_a_full_disk_stops_all_and_the_same_command_goes_on_once_there_is_room(t
     assert hashlib.sha256(b''.join(undisturbed(tmp_path/f'w{i}', seed=i, ballast=.4) for i in range(4))).hexdigest() in r.stdout
 
 
-def test_a_terminal_gets_a_table_over_the_one_before_and_at_the_end_all_of_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('shutil.get_terminal_size', lambda: os.terminal_size((20, 6)))
-    rows = [JobState(Job(f'a run with a long name {i}', 10, {}), tmp_path) for i in range(9)]
-    view = _Table(rows)
-    view.show()
-    first = capsys.readouterr().out.splitlines()
-    assert len(first) == 5 and first[0].startswith('run') and max(map(len, first)) < 20
-    view.show()
-    assert capsys.readouterr().out == '', 'once a second'
-    view.show(last=True)
-    last = capsys.readouterr().out
-    assert last.startswith('\x1b[5F\x1b[J') and len(last.splitlines()) == 11
+def test_a_terminal_gets_a_bar_below_the_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('sys.stderr.isatty', lambda: True)
+    rows = [JobState(Job('a', 10, {}), tmp_path)]
+    report = _Progress(rows)
+    (tmp_path/'a').mkdir()
+    (tmp_path/'a/scores.json').write_text('{"test": {"exact_match": 0.5}}')
+    rows[0].state = 'finished'
+    report.show(last=True)
+    said = capsys.readouterr()
+    assert '10/10' in said.err and [l.split(' ', 1)[1] for l in said.out.splitlines()] == ['a: finished, exact match 50.0%', '1 of 1 finished']

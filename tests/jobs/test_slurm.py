@@ -10,7 +10,7 @@ import yaml
 
 from kdocr.cli import main
 from kdocr.core import KdocrError, read_json
-from kdocr.jobs.queue import Job, _Lines, Slurm, _JobProcess, run_jobs
+from kdocr.jobs.queue import Job, Slurm, _JobProcess, run_jobs
 from kdocr.training.run_folder import RunFolder
 from kdocr.training.train_kd import train_kd
 from slurm_cluster import absent, cluster
@@ -108,18 +108,18 @@ def test_a_cluster_that_is_not_set_up_is_one_line_and_nothing_is_begun(tmp_path,
 
 def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch, capfd):
     programs(tmp_path/'bin', monkeypatch, squeue='exit 0', scancel='exit 0', srun='exit 0', sbatch='echo "sbatch: error: invalid partition specified: mian" >&2; exit 1')
-    with pytest.raises(KdocrError) as e: run_jobs([Job('a', 1, {})], tmp_path/'out', 'train_kd', cluster='slurm', partition='mian', show=_Lines)
+    with pytest.raises(KdocrError) as e: run_jobs([Job('a', 1, {})], tmp_path/'out', 'train_kd', cluster='slurm', partition='mian')
     assert str(e.value) == 'cluster slurm: sbatch refuses: invalid partition specified: mian' and not capfd.readouterr().err
     programs(tmp_path/'more', monkeypatch, sinfo='echo main; echo urgent', **{p: (tmp_path/'bin'/p).read_text().split('\n', 1)[1] for p in ('squeue', 'sbatch', 'scancel', 'srun')})
-    with pytest.raises(KdocrError, match="specified: mian: did you mean 'main'?"): run_jobs([Job('a', 1, {})], tmp_path/'out', 'train_kd', cluster='slurm', partition='mian', show=_Lines)
+    with pytest.raises(KdocrError, match="specified: mian: did you mean 'main'?"): run_jobs([Job('a', 1, {})], tmp_path/'out', 'train_kd', cluster='slurm', partition='mian')
 
 
 def test_a_controller_that_is_away_for_a_moment_takes_no_job_for_lost(tmp_path, monkeypatch):
     "Neither those that it named before, nor those that were sent since; one that never answered is no empty queue."
     bin = programs(tmp_path/'bin', monkeypatch, squeue='echo 7 RUNNING; echo 8_1 PENDING', sbatch='echo Submitted batch job 9', scancel='exit 0', srun='exit 0')
     slurm = Slurm(tmp_path/'jobs')
-    assert slurm.going() == {'7': 'running', '8_1': 'queued'}
+    assert slurm.present() == {'7': 'running', '8_1': 'queued'}
     (bin/'squeue').write_text(f'#!/bin/sh\n{SILENT}\n')
     assert slurm.submit([_JobProcess(Job(n, 1, {}), tmp_path/'n.ipynb', tmp_path) for n in 'ab']) == ['9_0', '9_1']
-    assert slurm.going() == {'7': 'running', '8_1': 'queued', '9_0': 'queued', '9_1': 'queued'}
+    assert slurm.present() == {'7': 'running', '8_1': 'queued', '9_0': 'queued', '9_1': 'queued'}
     with pytest.raises(KdocrError, match='squeue refuses: no controller'): Slurm(tmp_path/'jobs')

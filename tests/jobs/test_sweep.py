@@ -46,7 +46,7 @@ def test_the_jobs_are_what_the_file_says(tmp_path):
     (dict(arms=dict(PLAN['arms'], seed=dict(teacher='rh', control='control'))), "no teacher 'rh'"),
     (dict(arms=dict(PLAN['arms'], seed=dict(teacher='hr', control='control', distill_terms='logits:kll'))), "no term 'kll': did you mean 'kl'?"),
     (dict(arms=dict(PLAN['arms'], seed=dict(teacher='hr', control='control', lrr=1))), "unknown key 'lrr'"),
-    (dict(arms={}), 'no arms'), (dict(seeds=[1, 1]), 'a list of different numbers'), (dict(seeds=3), 'a list of different numbers'),
+    (dict(arms={}), 'no arms'), (dict(seeds=[1, 1]), 'a list of different numbers'), (dict(seeds=3), 'seeds: a list, not 3'),
     (dict(base={k: v for k, v in SMALL.items() if k != 'steps'}), 'steps: an experiment compares equal numbers'), (dict(arm={}), "unknown key 'arm': did you mean 'arms'?")])
 def test_what_is_refused_before_anything_runs(tmp_path, values, says):
     with pytest.raises(KdocrError) as e: load_sweep(write(tmp_path, **values))
@@ -73,13 +73,13 @@ def test_a_grid_and_a_list_are_named_by_what_differs(tmp_path):
 
 
 @pytest.mark.parametrize('plan,says', [
-    (dict(), 'no arms, no grid and no list'), (dict(grid=dict(lr=[1]), list=[{}]), 'grid and list: give one of them'), (dict(grid=dict(lr=.1)), 'grid, lr: a list of values, not 0.1'),
-    (dict(grid=[.1]), 'grid: a mapping'), (dict(list=dict(lr=.1)), 'list: a list of mappings'), (dict(list=[3]), 'list, entry 1: a mapping, not 3'), (dict(list=[dict(lr=.1)] * 2), "stands there twice"),
+    (dict(), 'no arms, no grid and no list'), (dict(grid=dict(lr=[1]), list=[{}]), 'grid and list: give one of them'), (dict(grid=dict(lr=.1)), 'grid, lr: a list, not 0.1'),
+    (dict(grid=[.1]), 'grid: a mapping'), (dict(list=dict(lr=.1)), 'list: a list, not {'), (dict(list=[3]), 'list, entry 1: a mapping, not 3'), (dict(list=[dict(lr=.1)] * 2), "stands there twice"),
     (dict(grid=dict(lrr=[.1])), "unknown key 'lrr'"), (dict(base=5, grid=dict(lr=[.1])), 'plan.yaml: base: a mapping, not 5'), (dict(teachers=['a'], grid=dict(lr=[.1])), "teachers: a mapping, not ['a']"),
     (dict(arms=dict(b=3)), 'arms, b: a mapping, not 3'), (dict(base=dict(teacher='hr'), grid=dict(lr=[.1])), "no teacher 'hr': the file has no teachers"), (dict(notebook='train_kdd', grid=dict(lr=[.1])), "notebook train_kdd: no such file: did you mean 'train_kd'?"),
     (dict(notebook='errors', grid=dict(run=['a'])), "no parameter 'run': did you mean 'runs'?"), (dict(grid=dict(lr=['fast'])), 'lr: Input should be a valid number'),
     (dict(teachers=dict(hr={}), list=[dict(name='hr')]), 'two runs would be called hr'), (dict(list=[dict(name='a', lr=.1), dict(name='a', lr=.2)]), 'list: two entries are called a'),
-    (dict(notebook=3, grid=dict(lr=[.1])), 'plan.yaml: notebook: a name or a path, not 3'), (dict(out=['a'], grid=dict(lr=[.1])), "plan.yaml: out: a folder, not ['a']"), (dict(arms=['a']), "arms: a mapping, not ['a']"),
+    (dict(notebook=3, grid=dict(lr=[.1])), 'plan.yaml: notebook: a name or a path, not 3'), (dict(out=['a'], grid=dict(lr=[.1])), "plan.yaml: out: a name or a path, not ['a']"), (dict(arms=['a']), "arms: a mapping, not ['a']"),
     (dict(arms=dict(a=0)), 'arms, a: a mapping, not 0'), (dict(list=[None]), 'list, entry 1: a mapping, not None'), (dict(list=[dict(name=['a'])]), "no name for a run: ['a']"),
     (dict(seeds=['a'], grid=dict(lr=[.1])), "seeds: a list of different numbers, not ['a']"), (dict(seeds=[1, 1.0], grid=dict(lr=[.1])), 'a list of different numbers'),
     (dict(teachers=dict(hr={}), base=dict(mode='student'), grid=dict(teacher=[['hr']])), "no teacher ['hr']"), (dict(teachers=dict(hr={}), base=dict(mode='student', teacher='rh'), grid=dict(lr=[.1])), "no teacher 'rh'; known: hr"),
@@ -177,10 +177,10 @@ def test_a_notebook_of_ones_own(tmp_path):
     file = notebook(tmp_path/'mine.ipynb', 'pass', "out = ''\nname = ''\nsteps = 2 * 5\nword = 'a'\nwide = 2 ** 3")
     def plan(**own): return make_sweep(dict(notebook=str(file), out=str(tmp_path/'out'), list=[dict(own, name='one')]))
     assert plan().jobs[0].steps is None and plan(steps='7').jobs[0].steps == 7
-    with pytest.raises(KdocrError, match="parameter wide: its default 2 \\*\\* 3 is no plain value; the notebook must name its type: wide: 'int'"): plan(wide=3)
+    with pytest.raises(KdocrError, match="parameter wide: the type of its default 2 \\*\\* 3 is unknown; annotate it in the notebook: wide: 'int'"): plan(wide=3)
     write_json(tmp_path/'out/one/scores.json', dict(test=.5, val=dict(exact_match=.25)))
     table = results(plan())
-    assert list(table.state) == ['finished'] and 'exact_match' not in table and 'one finished' in results_text(table) and JobState(plan().jobs[0], tmp_path/'out').exact == .25
+    assert list(table.state) == ['finished'] and 'exact_match' not in table and 'one finished' in results_text(table) and JobState(plan().jobs[0], tmp_path/'out').exact_match == .25
     Status(tmp_path/'out/one', params=dict(out=str(tmp_path), name='one', word='b')).end('finished')
     for own in ({}, dict(word='a')):
         with pytest.raises(KdocrError, match='one: holds another run: word is .b. and .a. here'): _check_folders(plan(**own))
@@ -191,7 +191,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys):
     assert main(['sweep', str(tmp_path/'none.yaml')]) == 2 and 'none.yaml: No such file' in capsys.readouterr().err
     file = write(tmp_path)
     assert main(['sweep', str(file), '--cores', '-1']) == 2 and '--cores' in capsys.readouterr().err
-    assert main(['sweep', str(file), '--mem', '4']) == 2 and '--mem: a local sweep asks for nothing' in capsys.readouterr().err
+    assert main(['sweep', str(file), '--mem', '4']) == 2 and '--mem: only for SLURM; add --cluster slurm' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from kdocr.cli import main
 from kdocr.core import KdocrError, TemporaryFailure, Stopped, read_json
 from kdocr.training.launch import RankKilled, _RankExit, check_ranks, explain_exit, train_ranks
 from kdocr.jobs.queue import _Slot, slots
-from kdocr.jobs.notebooks import _how_it_ended, read_status
+from kdocr.jobs.notebooks import _outcome, read_status
 from kdocr.training.run_folder import RunFolder, load_checkpoint
 from kdocr.jobs.sweep import _config_of, make_sweep
 from small_runs import SMALL, drawn, same_end, small
@@ -67,7 +67,7 @@ def test_a_rank_killed_is_no_fault_of_the_program(tmp_path, capsys):
     nbformat.write(nbformat.v4.new_notebook(metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), cells=cells), tmp_path/'n.ipynb')
     assert main(['run', str(tmp_path/'n.ipynb'), '-p', 'out', str(tmp_path/'out')]) == 75
     assert [read_status(tmp_path/'out')[k] for k in ('state', 'cell', 'error')] == ['rank_killed', 2, 'RankKilled: rank 1 of 2 was ended by SIGKILL'] and 'rank 1 of 2' in capsys.readouterr().err
-    assert RankKilled.__name__ == 'RankKilled' and _how_it_ended(notebooks.PapermillExecutionError(2, 1, '', Stopped.__name__, 'stopped by SIGTERM; saved', []))[0] == 'stopped'
+    assert RankKilled.__name__ == 'RankKilled' and _outcome(notebooks.PapermillExecutionError(2, 1, '', Stopped.__name__, 'stopped by SIGTERM; saved', []))[0] == 'stopped'
 
 
 def test_a_job_of_several_ranks_has_a_gpu_and_a_core_for_each():
@@ -89,9 +89,9 @@ def test_a_kernel_that_is_buried_takes_what_it_started_with_it():
     with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as p:
         kernel, child = psutil.Process(p.pid), psutil.Process(int(p.stdout.readline()))
         kernel.suspend()
-        notebooks._bury(None, dict(kernel=p.pid, kernel_born=kernel.create_time() + 60))
+        notebooks._kill_kernel(dict(kernel=p.pid, kernel_born=kernel.create_time() + 60))
         assert kernel.is_running() and child.is_running(), 'another process, by the same number'
-        notebooks._bury(None, dict(kernel=p.pid, kernel_born=kernel.create_time()))
+        notebooks._kill_kernel(dict(kernel=p.pid, kernel_born=kernel.create_time()))
         assert not kernel.is_running() and not until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE) is None
 
 
