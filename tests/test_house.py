@@ -4,6 +4,7 @@ import configparser
 import io
 import json
 import re
+import subprocess
 import sys
 import tokenize
 from collections import defaultdict
@@ -146,18 +147,21 @@ def test_no_module_imports_private_names():
 
 SKIPPED = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENDMARKER}
 FILES = sorted(p for p in LIB.rglob('*.py') if p.name != '_modidx.py')
+# The explorers were moved only and a later version replaces them: until then their sizes do not count.
+SIZED = [p for p in FILES if p.name != 'explore.py']
+SIZED_NOTEBOOKS = [p for p in LIBRARY if p.stem != '68_explore']
 
 
 def tokens():
     "Tokens of every file but comments and layout; counted on Python 3.11, since later ones split f-strings."
     def count(path):
         return sum(t.type not in SKIPPED for t in tokenize.generate_tokens(io.StringIO(path.read_text()).readline))
-    return {str(p.relative_to(ROOT)): count(p) for p in FILES}
+    return {str(p.relative_to(ROOT)): count(p) for p in SIZED}
 
 
 def long_lines():
     "Places of lines over 120 characters in exported code and lessons; `__all__` aside."
-    return [f'{nb.relative_to(ROOT)}, cell {i}: {line[:60]}...' for nb in LIBRARY for i, (kind, source) in enumerate(cells(nb))
+    return [f'{nb.relative_to(ROOT)}, cell {i}: {line[:60]}...' for nb in SIZED_NOTEBOOKS for i, (kind, source) in enumerate(cells(nb))
             if kind == 'code' for line in source.splitlines() if len(line) > 120]
 
 
@@ -177,7 +181,7 @@ def public_names():
 def without_lesson():
     "Exported cells that no code cell follows before the next heading."
     missing = []
-    for nb in LIBRARY:
+    for nb in SIZED_NOTEBOOKS:
         all_cells = cells(nb)
         for i, (kind, source) in enumerate(all_cells):
             if kind != 'code' or not exports(source): continue
@@ -201,15 +205,15 @@ def config_fields():
 
 
 AT_MOST = { # what is measured -> (how many at most, what is counted)
-    'tokens': (134_700, lambda: sum(tokens().values())),
-    'non-blank lines': (10_310, lambda: sum(bool(l.strip()) for p in FILES for l in p.read_text().splitlines())),
-    'lines over 120 characters': (1168, long_lines),
-    'public names': (470, public_names),
+    'tokens': (121_800, lambda: sum(tokens().values())),
+    'non-blank lines': (9_680, lambda: sum(bool(l.strip()) for p in SIZED for l in p.read_text().splitlines())),
+    'lines over 120 characters': (850, long_lines),
+    'public names': (464, public_names),
     'public names in two modules': (0, lambda: [f'{n}: {", ".join(ps)}' for n, ps in public_names().items() if len(ps) > 1]),
     'modules at the root': (8, lambda: [p.name for p in LIB.glob('*.py') if p.name != '_modidx.py']),
-    'exports without a lesson': (104, without_lesson),
+    'exports without a lesson': (54, without_lesson),
     'config fields': (58, config_fields),
-    'library notebooks with fewer than 2 words of prose per code line': (20, lambda: [n.stem for n in LIBRARY if prose(n) < 2]),
+    'library notebooks with fewer than 2 words of prose per code line': (20, lambda: [n.stem for n in SIZED_NOTEBOOKS if prose(n) < 2]),
     'README words': (1000, lambda: (ROOT/'README.md').read_text().split()),
 }
 
@@ -239,3 +243,16 @@ if __name__ == '__main__': # python tests/test_house.py: the table, and with a n
         print(f'{what}: {found if isinstance(found, int) else len(found)} (at most {most})')
         if what in sys.argv[1:] and not isinstance(found, int): print(*found, sep='\n')
     if 'tokens' in sys.argv[1:]: print(*sorted(tokens().items(), key=lambda kv: -kv[1]), sep='\n')
+
+
+ROOT_FILES = {'LICENSE', 'LOG.md', 'CHANGELOG.md', 'CITATION.cff', 'MANIFEST.in', 'README.md', 'mkdocs.yml', 'pyproject.toml',
+              'settings.ini', 'setup.py', 'train_kd.py', 'kdocr', 'nbs', 'tests'}
+
+def test_the_root_holds_what_was_asked_for_and_what_a_tool_looks_for():
+    listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if not listed: pytest.skip('no git checkout')
+    assert {name for f in listed if not (name := f.split('/')[0]).startswith('.')} == ROOT_FILES
+
+def test_the_citation_has_the_version_of_the_package():
+    from kdocr import __version__
+    assert f'version: {__version__}\n' in (ROOT/'CITATION.cff').read_text()
