@@ -20,7 +20,7 @@ def truth(lp, texts, charset=SMALL): return np.stack([_log_prob(lp, [x]*len(lp),
 @pytest.mark.parametrize('spread', [1, 5, 50])
 def test_probability_of_a_text_is_that_of_the_lattice(spread):
     torch = pytest.importorskip('torch')
-    from kdocr.distill.lattice import log_likelihood
+    from kdocr.distill.ctc import log_likelihood
     rng = np.random.default_rng(1)
     texts = ['', 'A', 'AAB1122', 'AAAAAAAA', *(''.join(rng.choice(list(CS.chars), 7)) for _ in range(20))]
     logits = spread*rng.normal(size=(len(texts), 16, 37))

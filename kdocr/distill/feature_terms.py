@@ -23,8 +23,10 @@ def _term(f):
     @wraps(f)
     def term(s, t, *args, **options):
         if s.ndim != 3 or s.shape != t.shape:
-            raise KdocrError(f'{f.__name__}: student {tuple(s.shape)} and teacher {tuple(t.shape)} must be of one shape (b,t,d)')
-        with torch.autocast(s.device.type, enabled=False): return f(s := to_fp32(s), t.detach().to(s.dtype), *args, **options)
+            raise KdocrError(f'{f.__name__}: student {tuple(s.shape)} and teacher {tuple(t.shape)} '
+                             'must be of one shape (b,t,d)')
+        s = to_fp32(s)
+        with torch.autocast(s.device.type, enabled=False): return f(s, t.detach().to(s.dtype), *args, **options)
     return term
 
 def _unit(x, tiny=1e-12): # along the last dimension
@@ -33,10 +35,12 @@ def _unit(x, tiny=1e-12): # along the last dimension
     return x*torch.where(n2 > tiny**2, n2, math.inf).rsqrt()
 
 def _positive(term, option, value):
-    if not (type(value) in (int, float) and 0 < value < math.inf): raise KdocrError(f'{term}: {option} {value!r} must be a number above 0')
+    if not (type(value) in (int, float) and 0 < value < math.inf):
+        raise KdocrError(f'{term}: {option} {value!r} must be a number above 0')
 
 def _whole(term, option, value, low, high, why):
-    if not (type(value) is int and low <= value <= high): raise KdocrError(f'{term}: {option} {value!r} must be a whole number of {low} to {high} ({why})')
+    if not (type(value) is int and low <= value <= high):
+        raise KdocrError(f'{term}: {option} {value!r} must be a whole number of {low} to {high} ({why})')
 
 # %% ../../nbs/distill/35_feature_terms.ipynb #0009
 @_term
@@ -75,7 +79,7 @@ def cosine(s:Tensor, t:Tensor, # (b,t,d)
 def attention(s:Tensor, t:Tensor,  # (b,t,d)
               *, power:float=2.,   # p of |x|^p, above 0
              ) -> Tensor:          # scalar fp32 in [0,2]
-    "Squared distance of the energy maps over a track's steps. Raises `KdocrError` for a `power` not above 0, and where shapes differ."
+    "Squared distance of the energy maps over a track's steps. Raises `KdocrError` for a `power` not above 0."
     _positive('attention', 'power', power)
     return (_energy(s, power) - _energy(t, power)).square().sum(-1).mean()
 
@@ -89,23 +93,27 @@ def spp(s:Tensor, t:Tensor,   # (b,t,d)
         *, levels:int=3,      # windows of 1, 2, ... 2^(levels-1) steps
         finest:bool=True,     # compare single steps as well
        ) -> Tensor:           # scalar fp32
-    "`ln_mse` of features averaged over ever wider windows. Raises `KdocrError` for `levels` that leave no window or one beyond the track."
+    "`ln_mse` of features averaged over ever wider windows. Raises `KdocrError` for `levels` out of range."
     _whole('spp', 'levels', levels, 1 if finest else 2, s.shape[1].bit_length(), f'{s.shape[1]} steps, finest={finest}')
-    return torch.stack([F.mse_loss(_ln(_windows(s, 2**i)), _ln(_windows(t, 2**i))) for i in range(not finest, levels)]).mean()
+    def at(width): return F.mse_loss(_ln(_windows(s, width)), _ln(_windows(t, width)))
+    return torch.stack([at(2**i) for i in range(not finest, levels)]).mean()
 
-def _windows(x, w): return x if w == 1 else F.avg_pool1d(x.transpose(1, 2), w, ceil_mode=True).transpose(1, 2) # (b,ceil(t/w),d)
+def _windows(x, w): # (b,t,d) -> (b,ceil(t/w),d)
+    return x if w == 1 else F.avg_pool1d(x.transpose(1, 2), w, ceil_mode=True).transpose(1, 2)
 
 # %% ../../nbs/distill/35_feature_terms.ipynb #001b
 @_term
 def shift_mse(s:Tensor, t:Tensor, # (b,t,d)
               *, reach:int=1,     # the most steps early or late, at least 1 and fewer than the track has
              ) -> Tensor:         # scalar fp32
-    "The least `ln_mse` over shifts, chosen for each track. Raises `KdocrError` for a `reach` that leaves no shift or no step."
+    "The least `ln_mse` over shifts, chosen per track. Raises `KdocrError` for a `reach` that leaves no shift or step."
     n = s.shape[1]
     _whole('shift_mse', 'reach', reach, 1, n - 1, f'{n} steps')
     s, t = _ln(s), _ln(t)
-    at = lambda k: (s[:, max(k, 0):n + min(k, 0)] - t[:, max(-k, 0):n - max(k, 0)]).square().mean((1, 2)) # (b,), student k steps late
-    return torch.stack([at(k) for k in range(-reach, reach + 1)], 1).min(1).values.mean() # not amin: it shares the gradient among ties
+    def at(k): # (b,), the student k steps late
+        return (s[:, max(k, 0):n + min(k, 0)] - t[:, max(-k, 0):n - max(k, 0)]).square().mean((1, 2))
+    every = torch.stack([at(k) for k in range(-reach, reach + 1)], 1)
+    return every.min(1).values.mean() # not amin: it shares the gradient among ties
 
 # %% ../../nbs/distill/35_feature_terms.ipynb #001e
 _OVER = 'tracks', 'steps'
@@ -118,7 +126,7 @@ def _points(term, over, x): # groups of points: (1,b,t*d) or (b,t,d)
 def rkd_distance(s:Tensor, t:Tensor,    # (b,t,d)
                  *, over:str='tracks',  # what a point is: 'tracks' of the batch | 'steps' of a track
                 ) -> Tensor:            # scalar fp32
-    "Huber's loss between the tables of relative distances. Raises `KdocrError` for another `over`, and where shapes differ."
+    "Huber's loss between the tables of relative distances. Raises `KdocrError` for another `over`."
     s, t = (_distances(_points('rkd_distance', over, x)) for x in (s, t)) # (g,n,n)
     return F.smooth_l1_loss(s, t, reduction='sum')/(len(s)*_pairs(s))
 
@@ -139,21 +147,22 @@ def _distances(x): # (g,n,d) -> (g,n,n), mean 1 over the pairs of a group
 def gram(s:Tensor, t:Tensor,    # (b,t,d)
          *, over:str='tracks',  # what a point is: 'tracks' of the batch | 'steps' of a track
         ) -> Tensor:            # scalar fp32
-    "Mean square between the row-normalised Gram matrices. Raises `KdocrError` for another `over`, and where shapes differ."
+    "Mean square between the row-normalised Gram matrices. Raises `KdocrError` for another `over`."
     s, t = (_points('gram', over, x) for x in (s, t))
     return F.mse_loss(_unit(s @ s.mT), _unit(t @ t.mT)) # (g,n,n)
 
 # %% ../../nbs/distill/35_feature_terms.ipynb #0024
 @_term
 def info_nce(s:Tensor, t:Tensor,       # (b,t,d)
-             s_chars,                  # student's characters: `.ids` (b,n) long, `.mask` (b,n) bool, `.where` (b,n,t) shares of steps
+             s_chars,                  # student's characters: `.ids` (b,n), `.mask` (b,n), `.where` (b,n,t)
              t_chars,                  # the teacher's, the same characters in the same places
              *, temperature:float=.1,  # above 0; small: only the nearest rivals count
             ) -> Tensor:               # scalar fp32; 0 where no character counts
-    "InfoNCE over the batch's characters. Raises `KdocrError` for a `temperature` not above 0 and for characters that do not fit the taps."
+    "InfoNCE over the batch's characters. Raises `KdocrError` for a bad `temperature`, or characters of other shapes."
     _positive('info_nce', 'temperature', temperature)
     if s_chars.where.shape != t_chars.where.shape or s_chars.where.shape[::2] != s.shape[:2]:
-        raise KdocrError(f'contrast: characters (b,n,t) {tuple(s_chars.where.shape)} of the student and {tuple(t_chars.where.shape)} of the teacher '
+        raise KdocrError(f'info_nce: characters (b,n,t) {tuple(s_chars.where.shape)} of the student and '
+                         f'{tuple(t_chars.where.shape)} of the teacher '
                          f'on taps {tuple(s.shape)}')
     mask = s_chars.mask & t_chars.mask
     u, v = _embed(s, s_chars.where, mask), _embed(t, t_chars.where, mask) # (b*n,d)
@@ -167,8 +176,8 @@ def _embed(x, where, mask): return _unit(where.detach().to(x.dtype).masked_fill(
 # %% ../../nbs/distill/35_feature_terms.ipynb #0029
 @_term
 def cka(s:Tensor, t:Tensor, # (b,t,d), b*t >= 4
-       ) -> Tensor:         # scalar fp32; 0 = the same up to rotation, offset and scale; 1 = unrelated (unbiased: a little above as well)
-    "1 - debiased linear CKA over the batch's steps. Raises `KdocrError` for fewer than 4 steps in all, and where shapes differ."
+       ) -> Tensor:         # scalar fp32; 0: the same up to rotation, offset and scale; 1: unrelated (unbiased)
+    "1 - debiased linear CKA over the batch's steps. Raises `KdocrError` for fewer than 4 steps in all."
     if s.shape[:2].numel() < 4: raise KdocrError(f'cka: {s.shape[:2].numel()} steps; the unbiased estimate needs 4')
     s, t = _cloud(s), _cloud(t)
     ss, tt = hsic(s, s), hsic(t, t)
@@ -181,4 +190,5 @@ def _cloud(x): # (b,t,d) -> (b*t,d), mean 0 and sum of squares 1; all zero where
     return x*torch.where(spread > 1e-10*size, spread, math.inf).rsqrt()
 
 # %% ../../nbs/distill/35_feature_terms.ipynb #002c
-FEATURE_TERMS:dict[str, Callable] = {f.__name__: f for f in (relative, pearson, ln_mse, cosine, attention, spp, shift_mse, rkd_distance, gram, info_nce, cka)}
+FEATURE_TERMS:dict[str, Callable] = {f.__name__: f for f in (
+    relative, pearson, ln_mse, cosine, attention, spp, shift_mse, rkd_distance, gram, info_nce, cka)}

@@ -14,20 +14,22 @@ from torch.nn import functional as F
 from ..core import KdocrError, to_device, nearest
 from ..charset import Charset
 from ..models.taps import to_fp32
-from .ctc import greedy_read
-from .lattice import CharAlignment, log_likelihood, gather_chars
+from .ctc import CharAlignment, gather_chars, greedy_read, log_likelihood
 
 # %% ../../nbs/distill/36_logit_terms.ipynb #0005
 STEPS = 'all', 'nonblank_teacher', 'nonblank_any'
 
 def _pair(s, t): # both wide, the teacher a constant
-    if s.shape != t.shape: raise KdocrError(f'logits differ: the student {tuple(s.shape)}, the teacher {tuple(t.shape)}')
+    if s.shape != t.shape:
+        raise KdocrError(f'logits differ: the student {tuple(s.shape)}, the teacher {tuple(t.shape)}')
     return to_fp32(s), to_fp32(t.detach())
 
 def _ask(steps='all', temperature=1., confidence=0., **weights): # raises KdocrError for what is out of range
     if steps not in STEPS: raise KdocrError(f'steps: {steps!r}{nearest(steps, STEPS)}')
-    if not (_number(temperature) and temperature > 0): raise KdocrError(f'temperature: {temperature!r} is no finite number above 0')
-    if not (_number(confidence) and 0 <= confidence <= 1): raise KdocrError(f'confidence: {confidence!r} is no number from 0 to 1')
+    if not (_number(temperature) and temperature > 0):
+        raise KdocrError(f'temperature: {temperature!r} is no finite number above 0')
+    if not (_number(confidence) and 0 <= confidence <= 1):
+        raise KdocrError(f'confidence: {confidence!r} is no number from 0 to 1')
     for k, v in weights.items():
         if not (_number(v) and v >= 0): raise KdocrError(f'{k}: {v!r} is no finite number from 0')
 
@@ -59,7 +61,8 @@ def kl(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
     "T² KL(teacher || student) of each step's classes (Hinton et al. 2015). Raises `KdocrError` for a bad option."
     _ask(steps, temperature)
     s, t = _pair(s, t)
-    return temperature**2*_mean(_kl((t/temperature).log_softmax(-1), (s/temperature).log_softmax(-1)), _counted(s, t, steps))
+    p, q = (t/temperature).log_softmax(-1), (s/temperature).log_softmax(-1)
+    return temperature**2*_mean(_kl(p, q), _counted(s, t, steps))
 
 # %% ../../nbs/distill/36_logit_terms.ipynb #000e
 def kl_std(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
@@ -83,7 +86,7 @@ def dist(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
          temperature:float=1.,  # T
          steps:str='all',       # which count: all, spoken, either
         ) -> Tensor:            # scalar, 0 to 2T²(beta + gamma)
-    "T² (beta·inter + gamma·intra), each a mean of 1 - Pearson's correlation (Huang et al. 2022). Raises `KdocrError` for a bad option."
+    "T² (beta·inter + gamma·intra), means of 1 - Pearson's correlation (Huang et al. 2022). Raises `KdocrError`."
     _ask(steps, temperature, beta=beta, gamma=gamma)
     s, t = _pair(s, t)
     w = _counted(s, t, steps)
@@ -92,7 +95,7 @@ def dist(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
     intra, classes = _apart(q.flatten(0, 1), p.flatten(0, 1), w.flatten()[:, None]) # (c,)
     return temperature**2*(beta*_mean(inter, w*some) + gamma*_mean(intra, classes))
 
-def _apart(x, y, w): # (...,n,k) -> (...,k): 1 - correlation along n, of the rows that w (n,1) counts; and 1 where y varies there, else 0
+def _apart(x, y, w): # (...,n,k) -> (...,k): 1 - correlation along n over the rows that w (n,1) counts; where y varies
     x, y = ((z - (z*w).sum(-2, keepdim=True)/w.sum().clamp(min=1))*w for z in (x, y))
     xx, yy = x.square().sum(-2), y.square().sum(-2)
     return 1 - (x*y).sum(-2)*(xx + 1e-16).rsqrt()*(yy + 1e-16).rsqrt(), (yy > 1e-14).to(y.dtype)
@@ -104,7 +107,7 @@ def dkd(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
         temperature:float=2.,  # T
         steps:str='all',       # which count: all, spoken, either
        ) -> Tensor:            # scalar
-    "T² (alpha·TCKD + beta·NCKD), the target being the teacher's best class (Zhao et al. 2022). Raises `KdocrError` for a bad option."
+    "T² (alpha·TCKD + beta·NCKD); the target is the teacher's best class (Zhao et al. 2022). Raises `KdocrError`."
     _ask(steps, temperature, alpha=alpha, beta=beta)
     s, t = _pair(s, t)
     tckd, nckd, _ = _decouple(s/temperature, t/temperature)
@@ -114,7 +117,8 @@ def _decouple(s, t): # TCKD, NCKD and the teacher's probability of the target, (
     target = t.argmax(-1, keepdim=True) # (b,t,1)
     others = torch.arange(t.shape[-1] - 1, device=t.device).expand(*t.shape[:-1], -1)
     others = others + (others >= target) # (b,t,c-1)
-    (p, p_rest), (q, q_rest) = ((x.gather(-1, target), x.gather(-1, others)) for x in (t.log_softmax(-1), s.log_softmax(-1)))
+    t, s = t.log_softmax(-1), s.log_softmax(-1)
+    (p, p_rest), (q, q_rest) = ((x.gather(-1, target), x.gather(-1, others)) for x in (t, s))
     two = lambda a, rest: torch.cat([a, rest.logsumexp(-1, keepdim=True)], -1) # (b,t,2)
     return _kl(two(p, p_rest), two(q, q_rest)), _kl(p_rest.log_softmax(-1), q_rest.log_softmax(-1)), p[..., 0].exp()
 
@@ -122,7 +126,7 @@ def _decouple(s, t): # TCKD, NCKD and the teacher's probability of the target, (
 def kl_time_mean(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teacher
                  temperature:float=1.,  # T
                 ) -> Tensor:            # scalar, nats a track times T²
-    "T² KL(teacher || student) of each track's class probabilities averaged over time. Raises `KdocrError` for a bad option."
+    "T² KL(teacher || student) of each track's class probabilities averaged over time. Raises `KdocrError`."
     _ask(temperature=temperature)
     s, t = _pair(s, t)
     p, q = ((x/temperature).log_softmax(-1).logsumexp(1) - math.log(x.shape[1]) for x in (t, s)) # (b,c)
@@ -130,15 +134,18 @@ def kl_time_mean(s:Tensor, t:Tensor, *, # (b,t,c) raw logits of student and teac
 
 # %% ../../nbs/distill/36_logit_terms.ipynb #001a
 def kl_char_aligned(s:Tensor, t:Tensor,            # (b,t,c) raw logits of student and teacher
-                    s_chars:CharAlignment, t_chars:CharAlignment,  # when each of them says each character, of the same texts
+                    s_chars:CharAlignment, t_chars:CharAlignment, # when each of them says each character
                     *, temperature:float=1.,       # T, of the probabilities and not of the alignment
                    ) -> Tensor:                    # scalar, nats a character times T²
-    "T² KL(teacher || student) at each character of the text, whenever each of the two says it. Raises `KdocrError` for a bad option."
+    "T² KL(teacher || student) at each character of the text, whenever each says it. Raises `KdocrError`."
     _ask(temperature=temperature)
     s, t = _pair(s, t)
     if s_chars.ids.shape != t_chars.ids.shape:
-        raise KdocrError(f'the texts differ: {tuple(s_chars.ids.shape)} characters of the student, {tuple(t_chars.ids.shape)} of the teacher')
-    p, q = (gather_chars((x/temperature).softmax(-1), k.where).clamp(min=torch.finfo(x.dtype).tiny).log() for x, k in ((t, t_chars), (s, s_chars))) # (b,n,c)
+        raise KdocrError(f'the texts differ: {tuple(s_chars.ids.shape)} characters of the student, '
+                         f'{tuple(t_chars.ids.shape)} of the teacher')
+    def held(x, chars): # (b,n,c) log-probabilities at each character
+        return gather_chars((x/temperature).softmax(-1), chars.where).clamp(min=torch.finfo(x.dtype).tiny).log()
+    p, q = held(t, t_chars), held(s, s_chars)
     return temperature**2*_mean(_kl(p, q), (s_chars.mask & t_chars.mask).to(s.dtype))
 
 # %% ../../nbs/distill/36_logit_terms.ipynb #001d
@@ -146,7 +153,7 @@ def seq_kd(s:Tensor, t:Tensor,       # (b,t,c) raw logits of student and teacher
            charset:Charset,
            *, confidence:float=0.,   # count a track only where the teacher gives its reading at least this probability
           ) -> Tensor:               # scalar: mean over all tracks, nats a character times the teacher's probability
-    "The student's CTC loss on what the teacher reads, by the probability of that reading. Raises `KdocrError` for a bad option."
+    "The student's CTC loss on the teacher's reading, weighted by that reading's probability. Raises `KdocrError`."
     _ask(confidence=confidence)
     s, t = _pair(s, t)
     b, steps, c = s.shape
@@ -154,9 +161,10 @@ def seq_kd(s:Tensor, t:Tensor,       # (b,t,c) raw logits of student and teacher
     texts = [r.text for r in greedy_read(t, charset)]
     p = log_likelihood(t, texts, charset).exp() # (b,)
     n = [len(x) for x in texts]
-    ids = [charset.encode(x) + [charset.blank]*(max(n) - len(x) + 1) for x in texts] # one more: a table has a column even if nobody speaks
+    ids = [charset.encode(x) + [charset.blank]*(max(n) - len(x) + 1) for x in texts] # at least one column
     log_probs = s.log_softmax(-1).transpose(0, 1) # (t,b,c)
-    nll = F.ctc_loss(log_probs, to_device(tensor(ids), s.device), tensor([steps]*b), tensor(n), blank=charset.blank, reduction='none') # (b,)
+    targets, lengths = to_device(tensor(ids), s.device), tensor([steps]*b)
+    nll = F.ctc_loss(log_probs, targets, lengths, tensor(n), blank=charset.blank, reduction='none') # (b,)
     length = to_device(tensor(n), s.device)
     w = (p*(p >= confidence)*(length > 0)).to(s.dtype)
     return (w*nll/length.clamp(min=1)).mean()

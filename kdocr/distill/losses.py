@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..core import KdocrError
-from ..models.taps import TapOut, tap_of
+from ..models.taps import TapOut
 
 # %% ../../nbs/distill/32_losses.ipynb #0005
 def tap_mse(s:Tensor, t:Tensor) -> Tensor: # both (b,t,d); a scalar in fp32
@@ -24,7 +24,8 @@ def align_steps(x:Tensor, # (b,t,d)
     "`x` on `steps` equal strips of the same line: averaged to fewer, interpolated to more."
     if x.shape[1] == steps: return x
     x = x.transpose(1, 2) # (b,d,t)
-    x = F.adaptive_avg_pool1d(x, steps) if steps < x.shape[2] else F.interpolate(x, steps, mode='linear', align_corners=False)
+    if steps < x.shape[2]: x = F.adaptive_avg_pool1d(x, steps)
+    else: x = F.interpolate(x, steps, mode='linear', align_corners=False)
     return x.transpose(1, 2)
 
 # %% ../../nbs/distill/32_losses.ipynb #000b
@@ -33,7 +34,7 @@ class Projections(nn.Module):
     def __init__(self, s:TapOut, t:TapOut, # one output of each model, for their widths
                  taps):                    # the names to compare
         super().__init__()
-        widths = {k: (tap_of(s, k).shape[-1], tap_of(t, k).shape[-1]) for k in taps if k != 'logits'}
+        widths = {k: (s[k].shape[-1], t[k].shape[-1]) for k in taps if k != 'logits'}
         self.maps = nn.ModuleDict({k: nn.Linear(a, b) for k, (a, b) in widths.items() if a != b})
 
     def forward(self, name:str, x:Tensor) -> Tensor: # (b,t,student's d) -> (b,t,teacher's d)
@@ -44,10 +45,12 @@ def align_pair(name:str, s:Tensor, t:Tensor,    # a tap of the student (b,u,d) a
                project:Projections|None,
               ) -> tuple[Tensor, Tensor]:       # (b,t,e) both
     "Return both taps at the teacher's steps and width. Raises `KdocrError` naming the tap if they do not fit."
-    if s.shape[0] != t.shape[0]: raise KdocrError(f'tap {name!r}: {s.shape[0]} tracks of the student, {t.shape[0]} of the teacher')
+    if s.shape[0] != t.shape[0]:
+        raise KdocrError(f'tap {name!r}: {s.shape[0]} tracks of the student, {t.shape[0]} of the teacher')
     s = align_steps(s, t.shape[1])
     if project is not None: s = project(name, s)
-    if s.shape != t.shape: raise KdocrError(f'tap {name!r}: the taps differ in width, student {s.shape[-1]} and teacher {t.shape[-1]}; '
+    if s.shape != t.shape:
+        raise KdocrError(f'tap {name!r}: the taps differ in width, student {s.shape[-1]} and teacher {t.shape[-1]}; '
                                             + ('their charsets differ' if name == 'logits' else 'pass Projections'))
     return s, t
 

@@ -16,7 +16,7 @@ from ..core import KdocrError
 # %% ../../nbs/distill/33_similarity.ipynb #0005
 def linear_cka(x:Tensor, # (n,p), or a tap (b,t,p) whose every step is a row
                y:Tensor, # (n,q), the same rows seen by the other network
-              ) -> float: # 1 = the same up to rotation and scale, 0 = unrelated; unbiased, so it may fall a little below 0
+              ) -> float: # 1: the same up to rotation and scale; 0: unrelated (unbiased, so it may fall a little below)
     "Debiased linear CKA (unbiased HSIC)."
     x, y = _rows(x), _rows(y)
     if len(x) != len(y): raise KdocrError(f'linear_cka: {len(x)} rows against {len(y)}; align_steps first')
@@ -41,7 +41,8 @@ def cka_matrix(t:dict[str, Tensor], # layer -> (n,p) or (b,t,p), the teacher's
               ) -> Tensor:          # (teacher's layers, student's layers); NaN for a layer that does not vary
     "`linear_cka` of all pairs. Raises `KdocrError` where the rows differ in number."
     t, s = ({k: _rows(x) for k, x in side.items()} for side in (t, s))
-    if len(n := {len(x) for x in (*t.values(), *s.values())}) > 1: raise KdocrError(f'cka_matrix: layers of {sorted(n)} rows; align_steps first')
+    n = {len(x) for x in (*t.values(), *s.values())}
+    if len(n) > 1: raise KdocrError(f'cka_matrix: layers of {sorted(n)} rows; align_steps first')
     if (n := max(n, default=4)) < 4: raise KdocrError(f'cka_matrix: {n} rows; the unbiased estimate needs 4')
     own = [torch.stack([hsic(x, x) for x in side.values()]) for side in (t, s)]
     cross = torch.stack([torch.stack([hsic(x, y) for y in s.values()]) for x in t.values()])
@@ -54,7 +55,9 @@ def cosine_by_position(s:Tensor, t:Tensor) -> Tensor: # (b,t,d) both; (b,t)
     return F.cosine_similarity(*_same(s, t), dim=-1)
 
 def _same(s, t):
-    if s.shape != t.shape: raise KdocrError(f'student {tuple(s.shape)} and teacher {tuple(t.shape)} differ: align_steps and Projections bridge them')
+    if s.shape != t.shape:
+        raise KdocrError(f'student {tuple(s.shape)} and teacher {tuple(t.shape)} differ: '
+                         'align_steps and Projections bridge them')
     return s.detach().float(), t.detach().float()
 
 # %% ../../nbs/distill/33_similarity.ipynb #000f
@@ -76,7 +79,7 @@ def error_by_position(s:Tensor, t:Tensor) -> Tensor: # (b,t,d) both; (b,t)
 # %% ../../nbs/distill/33_similarity.ipynb #fc43432a
 def attention_map(x:Tensor # (b,c,h,w), or a tap (b,t,d)
                  ) -> Tensor: # (b,h,w) or (b,t), of length 1 for each track
-    "The sum of squares over channels at each place, over its length (Zagoruyko and Komodakis 2017, F_sum^2). Raises `KdocrError` for another shape."
+    "Sum of squares over channels at each place, scaled to length 1 (Zagoruyko and Komodakis 2017, F_sum^2)."
     if x.ndim not in (3, 4): raise KdocrError(f'attention_map: {tuple(x.shape)}; expected (b,c,h,w) or (b,t,d)')
     m = x.detach().float().square().sum(1 if x.ndim == 4 else -1)
     return m/m.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *[1]*(m.ndim - 1))
@@ -105,7 +108,8 @@ class PcaRgb(NamedTuple):
     explained:float   # share of the teacher's variance along the three
 
     def __call__(self, x:Tensor) -> Tensor: # (n,t,d) -> (n,t,3) in [0,1]
-        if x.shape[-1] != len(self.mean): raise KdocrError(f'pca_rgb was fitted on width {len(self.mean)}, not {x.shape[-1]}')
+        if x.shape[-1] != len(self.mean):
+            raise KdocrError(f'pca_rgb was fitted on width {len(self.mean)}, not {x.shape[-1]}')
         return (((x.detach().float() - self.mean) @ self.directions - self.low)/(self.high - self.low)).clamp(0, 1)
 
 def pca_rgb(teacher:Tensor # (n,t,d), n*t >= 4
@@ -134,10 +138,11 @@ def frame_agreement(s:Tensor, t:Tensor, # (b,t,c) logits of student and teacher
                    ) -> dict[str, float|None]:
     "Shares of steps; `character_frames` is None where neither says a character."
     s, t = spikes(s).ids, spikes(t).ids
-    if s.shape != t.shape: raise KdocrError(f'student has {s.shape[1]} steps on {s.shape[0]} tracks, teacher {t.shape[1]} on {t.shape[0]}')
+    if s.shape != t.shape:
+        raise KdocrError(f'student has {s.shape[1]} steps on {s.shape[0]} tracks, teacher {t.shape[1]} on {t.shape[0]}')
     spoken, same = (s > 0) | (t > 0), s == t
     return {'frames': same.float().mean().item(),                                             # all steps
-            'character_frames': same[spoken].float().mean().item() if spoken.any() else None, # where either says a character
+            'character_frames': same[spoken].float().mean().item() if spoken.any() else None, # where either has one
             'student_blank': (s == 0).float().mean().item(), 'teacher_blank': (t == 0).float().mean().item()}
 
 # %% ../../nbs/distill/33_similarity.ipynb #c63af74a

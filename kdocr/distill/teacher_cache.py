@@ -22,13 +22,14 @@ def _to_fp16(name:str,     # of the tap
              rows:Tensor,  # (b,) tracks, for the message
              views:Tensor, # (b,)
             ) -> Tensor:   # (b,t,d) fp16, on the CPU
-    "`x` rounded to half precision. Raises `KdocrError` naming tap, track row and view where a value is not finite or too large for it."
+    "`x` rounded to half precision. Raises `KdocrError` naming tap, row and view of a value that it cannot hold."
     half = x.detach().half()
     good = half.isfinite().flatten(1).all(1).cpu() # (b,)
     if not good.all():
         i = int(good.logical_not().nonzero()[0])
         value = x[i][half[i].isfinite().logical_not()][0].item()
-        raise KdocrError(f'teacher tap {name!r}, track row {int(rows[i])}, view {int(views[i])}: {value:g} has no place in half precision '
+        raise KdocrError(f'teacher tap {name!r}, track row {int(rows[i])}, view {int(views[i])}: '
+                         f'{value:g} has no place in half precision '
                          '(finite values below 65,520 have); `teacher_cache: off` trains without the cache')
     return half.cpu()
 
@@ -36,7 +37,8 @@ def _to_fp16(name:str,     # of the tap
 def _taps_dict(out:TapOut) -> dict[str, Tensor]:
     "Logits and taps under their names; these become file names. Raises `KdocrError` for a tap that cannot be one."
     for k in out.taps:
-        if k == 'logits' or Path(k).name != k: raise KdocrError(f'tap {k!r} cannot be cached under this name: give it another one')
+        if k == 'logits' or Path(k).name != k:
+            raise KdocrError(f'tap {k!r} cannot be cached under this name: give it another one')
     return {'logits': out.logits, **out.taps}
 
 def _check_disk_space(folder:Path,
@@ -46,8 +48,10 @@ def _check_disk_space(folder:Path,
     if need <= free: return
     n, views = next(iter(shapes.values()))[:2]
     old = sum(f.stat().st_size for f in folder.glob('taps-*/*.npy'))
-    raise KdocrError(f'{folder}: the teacher taps of {n:,} tracks in {views} views need {need/1e9:,.1f} GB, {free/1e9:,.1f} GB are free; '
-                     'choose fewer `n_fixed_augs` or `teacher_cache: off`' + (f', or delete older caches there ({old/1e9:,.1f} GB)' if old else ''))
+    older = f', or delete older caches there ({old/1e9:,.1f} GB)' if old else ''
+    raise KdocrError(f'{folder}: the teacher taps of {n:,} tracks in {views} views need {need/1e9:,.1f} GB, '
+                     f'{free/1e9:,.1f} GB are free; '
+                     f'choose fewer `n_fixed_augs` or `teacher_cache: off`{older}')
 
 # %% ../../nbs/distill/34_teacher_cache.ipynb #000f
 class TapCache:
@@ -64,9 +68,10 @@ class TapCache:
     def take(self, rows:Tensor,  # (b,) long, on the CPU
              views:Tensor,       # (b,) long, on the CPU
             ) -> TapOut:         # fp32, on the cache's device
-        "What the teacher says of these views, to half precision. Raises `IndexError` for a row or view that does not exist."
+        "The teacher's output for these views, to half precision. Raises `IndexError` for a row or view out of range."
         for what, i, end in (('row', rows, self.n), ('view', views, self.views)):
-            if len(i) and not 0 <= i.min() <= i.max() < end: raise IndexError(f'{what} {int(i.min())}..{int(i.max())} of {end}')
+            if len(i) and not 0 <= i.min() <= i.max() < end:
+                raise IndexError(f'{what} {int(i.min())}..{int(i.max())} of {end}')
         i = rows*self.views + views # (b,)
         if self.resident: i = i.to(self.device, non_blocking=True)
         out = {k: self._gather(x, i) for k, x in self.arrays.items()}
@@ -78,7 +83,8 @@ class TapCache:
         return torch.index_select(x, 0, i, out=pinned).to(self.device, non_blocking=True).float()
 
     def __repr__(self):
-        return (f'TapCache: {", ".join(self.names)} of {self.n:,} tracks in {self.views} views, {self.nbytes/1e6:,.1f} MB in half precision, '
+        return (f'TapCache: {", ".join(self.names)} of {self.n:,} tracks in {self.views} views, '
+                f'{self.nbytes/1e6:,.1f} MB in half precision, '
                 + (f'held on {self.device}' if self.resident else f'mapped from {self.folder.name}'))
 
 # %% ../../nbs/distill/34_teacher_cache.ipynb #0012
@@ -95,9 +101,10 @@ def open_taps(place:Path,   # the cache's own folder
         for name, shape in expect['shapes'].items():
             file = place/f'{name}.npy'
             if file.stat().st_size != about['bytes'][name]: return None
-            a = arrays[name] = np.lib.format.open_memmap(file, mode='c') # copy-on-write: torch wants it writable, the file never changes
+            a = arrays[name] = np.lib.format.open_memmap(file, mode='c') # copy-on-write: torch asks for writable memory
             if a.dtype != np.float16 or [*a.shape] != shape or not a.flags.c_contiguous: return None
-    except (KdocrError, LookupError, TypeError, ValueError, FileNotFoundError): return None # no JSON, keys that lack, no header, no file
+    except (KdocrError, LookupError, TypeError, ValueError, FileNotFoundError):
+        return None # no JSON, missing keys, no header, no file
     return TapCache(place, arrays, device)
 
 # %% ../../nbs/distill/34_teacher_cache.ipynb #0015
@@ -123,12 +130,16 @@ def _fill(tmp, shapes, compute, batch, desc):
     with ExitStack() as stack:
         files = {k: stack.enter_context(open(tmp/f'{k}.npy', 'wb')) for k in shapes}
         bar = stack.enter_context(progress(total=n*views, desc=desc, unit='view'))
-        for k, f in files.items(): np.lib.format.write_array_header_1_0(f, dict(descr='<f2', fortran_order=False, shape=tuple(shapes[k])))
+        for k, f in files.items():
+            header = dict(descr='<f2', fortran_order=False, shape=tuple(shapes[k]))
+            np.lib.format.write_array_header_1_0(f, header)
         for i in torch.arange(n*views).split(batch):
             rows, which = i // views, i % views
             out = _taps_dict(compute(rows, which))
             got, want = {k: (*x.shape,) for k, x in out.items()}, {k: (len(i), *s[2:]) for k, s in shapes.items()}
-            if got != want: raise KdocrError(f'{desc}, track rows {int(rows[0])}..{int(rows[-1])}: shapes {got}, at the start they were {want}')
+            if got != want:
+                raise KdocrError(f'{desc}, track rows {int(rows[0])}..{int(rows[-1])}: shapes {got}, '
+                                 f'at the start they were {want}')
             for k, x in out.items(): files[k].write(_to_fp16(k, x, rows, which).contiguous().numpy())
             bar.update(len(i))
         for f in files.values(): f.flush(); os.fsync(f.fileno())
@@ -145,7 +156,9 @@ def _make(place, about, compute, batch, desc, seen):
         _fill(tmp, about['shapes'], compute, batch, desc)
         write_json(tmp/'about.json', about | dict(bytes={k: (tmp/f'{k}.npy').stat().st_size for k in about['shapes']}))
         if fault := _max_cache_error(open_taps(tmp, about), *seen):
-            raise KdocrError(f'{desc}: {fault}, a moment later: it is not frozen, or its view is drawn anew at each call; `teacher_cache: off`')
+            raise KdocrError(f'{desc}: {fault}, a moment later: it is not frozen, '
+                             'or its view is drawn anew at each call; '
+                             '`teacher_cache: off`')
         os.replace(tmp, place)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
@@ -154,18 +167,21 @@ def tap_cache(folder:Path,   # keeps caches, one sub-folder each
               key:dict,      # all that the taps depend on; plain values, a digest for anything large
               n:int,         # tracks
               views:int,     # views of each
-              compute:Callable[[Tensor, Tensor], TapOut], # rows (b,) and views (b,), long on the CPU -> the teacher's output on any device
+              compute:Callable[[Tensor, Tensor], TapOut], # rows and views (b,), long on the CPU -> teacher's output
               batch:int=256, # views computed at a time
               device='cpu',  # where the taps are wanted
               desc:str='teacher taps') -> TapCache:
-    "Find the cache of this key in `folder`, or compute it. Raises `KdocrError` for too little room, a value beyond half precision, or taps that the key does not fix."
+    "Find the cache of this key, or compute it. Raises `KdocrError` for a full disk, or taps that the key does not fix."
     if n < 1 or views < 1: raise KdocrError(f'{desc}: {n} tracks in {views} views leave nothing to cache')
     try: key, text = json.loads(json.dumps(key, allow_nan=False)), json.dumps(key, sort_keys=True)
-    except (TypeError, ValueError) as e: raise KdocrError(f"{desc}: the cache's key takes plain values only, and a digest of anything else ({e})") from None
+    except (TypeError, ValueError) as e:
+        raise KdocrError(f"{desc}: the cache's key takes plain values only, "
+                         f'and a digest of anything else ({e})') from None
     folder, (rows, which) = Path(folder), _spot_checks(n, views)
     place = folder/f'taps-{digest(text, n, views)}'
     live = _taps_dict(compute(rows, which))
-    about = dict(format=_CACHE_VERSION, digest=place.name[5:], key=key, shapes={k: [n, views, *x.shape[1:]] for k, x in live.items()})
+    shapes = {k: [n, views, *x.shape[1:]] for k, x in live.items()}
+    about = dict(format=_CACHE_VERSION, digest=place.name[5:], key=key, shapes=shapes)
     try:
         if (found := open_taps(place, about, device)) is None:
             with wait_lock(folder):
@@ -173,5 +189,6 @@ def tap_cache(folder:Path,   # keeps caches, one sub-folder each
                 found = open_taps(place, about, device)
     except OSError as e: raise KdocrError(f'{e.filename or folder}: {e.strerror}') from None
     if fault := _max_cache_error(found, rows, which, live):
-        raise KdocrError(f'{place}: {fault}: the key leaves out something that has changed; delete this folder, or `teacher_cache: off`')
+        raise KdocrError(f'{place}: {fault}: the key leaves out something that has changed; '
+                         'delete this folder, or `teacher_cache: off`')
     return found

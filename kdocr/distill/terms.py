@@ -13,18 +13,17 @@ from typing import NamedTuple
 from torch import Tensor
 from ..core import KdocrError, nearest
 from ..charset import Charset
-from ..models.taps import TapOut, tap_of
+from ..models.taps import TapOut
 from .losses import Projections, align_pair, tap_mse
-from .ctc import greedy_read
-from .lattice import char_posteriors
+from .ctc import char_posteriors, greedy_read
 from .feature_terms import FEATURE_TERMS
 from .logit_terms import LOGIT_TERMS, logit_mse
 
 # %% ../../nbs/distill/37_terms.ipynb #t3700005
-SCHEDULES = {'constant': (), 'warmup': ('end',), 'decay': ('start', 'end'), 'stop': ('at',)} # name -> what it is told, shares of the run
+SCHEDULES = {'constant': (), 'warmup': ('end',), 'decay': ('start', 'end'), 'stop': ('at',)} # name -> shares of the run
 
 class Schedule(NamedTuple):
-    "A factor over the run: rises to 1 until `end` (warmup), falls to 0 from `start` to `end` (decay), is 0 from `tap_of` on (stop)."
+    "A factor over the run: up to 1 until `end` (warmup), down to 0 from `start` to `end` (decay), 0 from `at` (stop)."
     name:str
     times:tuple[float, ...] = ()
 
@@ -34,7 +33,7 @@ class Schedule(NamedTuple):
         return float(x < self.times[0]) if self.name == 'stop' else 1.
 
 def parse_schedule(text:str) -> Schedule: # 'warmup(0.2)'
-    "Raises `KdocrError` for an unknown name, the wrong number of times, times outside 0 to 1, or an end that does not come after its start."
+    "Raises `KdocrError` for an unknown name, and for times that are too many, outside 0 to 1 or out of order."
     m = re.fullmatch(r'(\w+)(?:\((.*)\))?', text)
     if not m: raise KdocrError(f'schedule {text!r}: written NAME or NAME(TIME,...)')
     if m[1] not in SCHEDULES: raise KdocrError(f'schedule {m[1]!r}{nearest(m[1], SCHEDULES)}')
@@ -55,12 +54,14 @@ _LOGITS = {'mse_steps', *LOGIT_TERMS}
 
 def options_of(name:str) -> dict: # option -> default
     "What can be set of a term."
-    return {k: p.default for k, p in inspect.signature(_DISTILL_TERMS[name]).parameters.items() if p.kind == p.KEYWORD_ONLY}
+    parameters = inspect.signature(_DISTILL_TERMS[name]).parameters
+    return {k: p.default for k, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
 
 @cache # asked at every step
 def _asks_for(name:str) -> list[str]:
     "What a term needs beside the two tensors: `s_chars` and `t_chars`, or `charset`."
-    return [k for k, p in inspect.signature(_DISTILL_TERMS[name]).parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD][2:]
+    parameters = inspect.signature(_DISTILL_TERMS[name]).parameters
+    return [k for k, p in parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD][2:]
 
 # %% ../../nbs/distill/37_terms.ipynb #t3700011
 class DistillTerm(NamedTuple):
@@ -78,21 +79,26 @@ class DistillTerm(NamedTuple):
         "The weight at that time."
         return self.weight*math.prod(s(x) for s in self.schedules)
 
-_TERM = re.compile(r'(?:(?P<tap>\w+):)?(?P<name>\w+)(?:\((?P<options>[^()]*)\))?(?:\*(?P<weight>[^@]+))?(?P<schedules>(?:@[^@]+)*)')
+_TERM = re.compile(r'(?:(?P<tap>\w+):)?(?P<name>\w+)(?:\((?P<options>[^()]*)\))?(?:\*(?P<weight>[^@]+))?'
+                   r'(?P<schedules>(?:@[^@]+)*)')
 
 def _parse_term(text:str, taps:Sequence[str], # where a term without a tap stands
                 known:Sequence[str]           # the taps that there are
                ) -> list[DistillTerm]: # one a tap
-    "Raises `KdocrError` naming a term, tap, option, weight or schedule that is unknown or out of range, with the known ones."
+    "Raises `KdocrError` naming a term, tap, option, weight or schedule that is unknown or out of range."
     m = _TERM.fullmatch(text.replace(' ', ''))
-    if not m: raise KdocrError(f'distill_terms: {text!r} is not written [TAP:]NAME[(OPTION=VALUE,...)][*WEIGHT][@SCHEDULE]')
+    if not m:
+        raise KdocrError(f'distill_terms: {text!r} is not written [TAP:]NAME[(OPTION=VALUE,...)][*WEIGHT][@SCHEDULE]')
     where, name = f'distill_terms: {text!r}', m['name']
     if name not in _DISTILL_TERMS: raise KdocrError(f'{where}: no term {name!r}{nearest(name, _DISTILL_TERMS)}')
     for tap in (taps := [m['tap']] if m['tap'] else taps):
         if tap not in known: raise KdocrError(f'{where}: no tap {tap!r}{nearest(tap, known)}')
-        if name in _LOGITS and tap != 'logits': raise KdocrError(f'{where}: {name} compares classes and needs the tap logits, not {tap}')
+        if name in _LOGITS and tap != 'logits':
+            raise KdocrError(f'{where}: {name} compares classes and needs the tap logits, not {tap}')
     weight = _number(m['weight'], where) if m['weight'] else 1.
-    if not (math.isfinite(weight) and weight > 0): raise KdocrError(f'{where}: the weight {m["weight"]} must be a finite number above 0; leave the term out instead')
+    if not (math.isfinite(weight) and weight > 0):
+        raise KdocrError(f'{where}: the weight {m["weight"]} must be a finite number above 0; '
+                         'leave the term out instead')
     try: schedules = tuple(parse_schedule(s) for s in m['schedules'].split('@')[1:])
     except KdocrError as e: raise KdocrError(f'{where}: {e}') from None
     return [DistillTerm(tap, name, _options(name, m['options'], where), weight, schedules) for tap in taps]
@@ -102,7 +108,9 @@ def _options(name, text, where):
     known, found = options_of(name), {}
     for part in filter(None, (text or '').split(',')):
         key, _, value = part.partition('=')
-        if key not in known: raise KdocrError(f'{where}: {name} has no option {key!r}' + (nearest(key, known) if known else ' (it has none)'))
+        if key not in known:
+            nearby = nearest(key, known) if known else ' (it has none)'
+            raise KdocrError(f'{where}: {name} has no option {key!r}{nearby}')
         found[key] = _value(value, known[key], f'{where}: {key}')
     return found
 
@@ -120,7 +128,9 @@ def parse_terms(texts:Sequence[str], taps:Sequence[str],
     "All terms of a config. Raises `KdocrError` for a term that is there twice."
     terms = [t for text in texts for t in _parse_term(text, taps, known)]
     for key in (keys := [t.key for t in terms]):
-        if keys.count(key) > 1: raise KdocrError(f'distill_terms: {key.removeprefix("kd_")} is there {keys.count(key)} times; give it once, with one weight')
+        if keys.count(key) > 1:
+            raise KdocrError(f'distill_terms: {key.removeprefix("kd_")} is there {keys.count(key)} times; '
+                             'give it once, with one weight')
     return terms
 
 # %% ../../nbs/distill/37_terms.ipynb #t3700015
@@ -135,7 +145,11 @@ def distill_losses(terms:Sequence[DistillTerm], s:TapOut, t:TapOut, # student an
         texts = [x or y for x, y in zip(texts, _read(t.logits, texts, charset))]
         logits, _ = align_pair('logits', s.logits, t.logits, None)
         have |= dict(s_chars=char_posteriors(logits, texts, charset), t_chars=char_posteriors(t.logits, texts, charset))
-    pairs = {tap: align_pair(tap, tap_of(s, tap), tap_of(t, tap), project) for tap in dict.fromkeys(term.tap for term in terms)}
-    return {term.key: _DISTILL_TERMS[term.name](*pairs[term.tap], *(have[n] for n in _asks_for(term.name)), **term.options) for term in terms}
+    taps = dict.fromkeys(term.tap for term in terms)
+    pairs = {tap: align_pair(tap, s[tap], t[tap], project) for tap in taps}
+    def value(term):
+        extra = [have[n] for n in _asks_for(term.name)]
+        return _DISTILL_TERMS[term.name](*pairs[term.tap], *extra, **term.options)
+    return {term.key: value(term) for term in terms}
 
 def _read(logits, texts, charset): return texts if all(texts) else [r.text for r in greedy_read(logits, charset)]

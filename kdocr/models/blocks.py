@@ -53,7 +53,8 @@ class ResNet(nn.Module):
                  stem:int=7,                # kernel of the first convolution, which halves both sides
                  pool:bool=True):           # halve both sides once more, by max-pooling
         super().__init__()
-        self.stem = nn.Sequential(_conv_bn(3, widths[0], stem, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1) if pool else nn.Identity())
+        first = nn.MaxPool2d(3, 2, 1) if pool else nn.Identity()
+        self.stem = nn.Sequential(_conv_bn(3, widths[0], stem, 2), nn.ReLU(inplace=True), first)
         ins = widths[:1] + widths[:-1]
         self.stages = nn.Sequential(*(
             nn.Sequential(BasicBlock(i, o, s), *(BasicBlock(o, o) for _ in range(depth - 1)))
@@ -68,7 +69,8 @@ class _ChannelAttention(nn.Module):
     "Every channel times a number in (0, 1) that depends on the means of all."
     def __init__(self, c:int, reduction:int=16):
         super().__init__()
-        self.weigh = nn.Sequential(nn.Linear(c, c//reduction), nn.ReLU(inplace=True), nn.Linear(c//reduction, c), nn.Sigmoid())
+        self.weigh = nn.Sequential(nn.Linear(c, c//reduction), nn.ReLU(inplace=True),
+                                   nn.Linear(c//reduction, c), nn.Sigmoid())
 
     def forward(self, x): return x * self.weigh(x.mean((2, 3)))[..., None, None]
 
@@ -108,8 +110,11 @@ def sinusoids(t:int, d:int,
 
 class Positions(nn.Module):
     "Adds each step's place to it."
-    def __init__(self, wavelengths:tuple): super().__init__(); self.wavelengths = wavelengths # (shortest, longest) in steps
-    def forward(self, x): return x + sinusoids(x.shape[1], x.shape[2], *self.wavelengths, x.device).to(x.dtype) # (b,t,d)
+    def __init__(self, wavelengths:tuple): # shortest and longest, in steps
+        super().__init__()
+        self.wavelengths = wavelengths
+    def forward(self, x): # (b,t,d)
+        return x + sinusoids(x.shape[1], x.shape[2], *self.wavelengths, x.device).to(x.dtype)
 
 # %% ../../nbs/models/21_blocks.ipynb #001c
 class EncoderLayer(nn.Module):

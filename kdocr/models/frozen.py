@@ -19,14 +19,17 @@ from .taps import TapOut
 _CONVS, _NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def fold_batchnorm(model:nn.Module) -> nn.Module:
-    "A copy of `model` in eval mode and without gradients, each BatchNorm folded into the convolution that it follows in a `Sequential`."
+    "Return a copy of `model` in eval mode without gradients; each BatchNorm is folded into the convolution before it."
     model = copy.deepcopy(model).eval().requires_grad_(False)
     places = Counter(m for _, m in model.named_modules(remove_duplicate=False))
-    def alone(m): return places[m] == 1 and not m._forward_hooks and not m._forward_pre_hooks and not hasattr(m, 'parametrizations')
+    def alone(m):
+        hooked = m._forward_hooks or m._forward_pre_hooks or hasattr(m, 'parametrizations')
+        return places[m] == 1 and not hooked
     for seq in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
         for i in range(len(seq) - 1):
             conv, norm = seq[i], seq[i + 1]
-            if isinstance(conv, _CONVS) and isinstance(norm, _NORMS) and norm.track_running_stats and alone(conv) and alone(norm):
+            kinds = isinstance(conv, _CONVS) and isinstance(norm, _NORMS)
+            if kinds and norm.track_running_stats and alone(conv) and alone(norm):
                 seq[i], seq[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return model
 
@@ -52,16 +55,20 @@ class FrozenTeacher(nn.Module):
 def frozen_teacher(model:nn.Module,      # with `forward_taps`; stays as it is, to the bit
                    precision:str='fp32', # fp32, bf16 or fp16
                   ) -> FrozenTeacher:
-    "A copy of `model` for reading only. Raises `KdocrError` for an unknown precision, and for a model that shows no taps."
-    if precision not in _TYPES: raise KdocrError(f'precision {precision!r}{nearest(precision, _TYPES)}: one of {", ".join(_TYPES)}')
-    if not hasattr(model, 'forward_taps'): raise KdocrError(f'{type(model).__name__} has no forward_taps: give it one that returns a TapOut (HookTaps makes them)')
+    "Return a copy of `model` for reading only. Raises `KdocrError` for an unknown precision, or a model without taps."
+    if precision not in _TYPES:
+        raise KdocrError(f'precision {precision!r}{nearest(precision, _TYPES)}: one of {", ".join(_TYPES)}')
+    if not hasattr(model, 'forward_taps'):
+        raise KdocrError(f'{type(model).__name__} has no forward_taps: give it one that returns a TapOut '
+                         '(HookTaps makes them)')
     return FrozenTeacher(fold_batchnorm(model), _TYPES[precision])
 
 # %% ../../nbs/models/23_frozen.ipynb #000f
 def has_fast_bf16(device) -> bool:
-    "Whether bf16 is worth using on `device`: a GPU of compute capability 8 or more, a CPU with AVX512-BF16, AMX or ARM's bf16, as far as torch can tell."
+    "Return whether bf16 is worth using: a GPU of compute capability 8, or a CPU with AVX512-BF16, AMX or ARM's bf16."
     device = torch.device(device)
-    if device.type == 'cuda': return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == 'cuda':
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != 'cpu' or not hasattr(torch.cpu, 'get_capabilities'): return False # an older torch cannot tell
     can = torch.cpu.get_capabilities()
     return torch.backends.mkldnn.is_available() and any(can.get(k, False) for k in ('avx512_bf16', 'amx_bf16', 'bf16'))
@@ -73,7 +80,8 @@ def compile_taps(model,                   # with `forward_taps`
                  backend:str='inductor',
                 ):
     "`model` itself, its `forward_taps` compiled where `how` says so. Raises `KdocrError` for another `how`."
-    if how not in (known := ('auto', 'on', 'off')): raise KdocrError(f'compile {how!r}{nearest(how, known)}: one of {", ".join(known)}')
+    known = ('auto', 'on', 'off')
+    if how not in known: raise KdocrError(f'compile {how!r}{nearest(how, known)}: one of {", ".join(known)}')
     wanted = how == 'on' or how == 'auto' and torch.device(device).type == 'cuda'
     if wanted and 'forward_taps' not in vars(model): # once is enough
         model.forward_taps = MethodType(torch.compile(type(model).forward_taps, backend=backend), model)
@@ -84,8 +92,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4 # glibc's malloc.h
 
 def keep_memory(keep:bool=True # False: hand it back, as glibc does by itself once it has seen large tensors
                ) -> bool:
-    "Let this process keep what it frees, for its next step. False where the C library has no such switch (it is glibc's)."
+    "Let this process keep freed memory for its next step. Return False where the C library is not glibc."
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False
-    kept, back = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}, {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+    kept = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
+    back = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
     return all([mallopt(k, v) for k, v in (kept if keep else back).items()])

@@ -42,8 +42,10 @@ PRESETS = {
     'restran': Arch(**_RESTRAN, refiner=2, head=1024),
     'restran_stn': Arch(**_RESTRAN, refiner=2, head=1024, stn=True),
     'restran_31m': Arch(**_RESTRAN, refiner=0, head=0, stn=True),
-    'restran_tiny': Arch(widths=(24, 48, 72), depths=(1, 1, 1), strides=(1, 2, (2, 1)), stem=5, pool=True, refiner=1, fusion=32,
-                         layers=2, heads=4, ff=144, norm_first=True, head=0, dropout=0., wavelengths=(2, 32), standardise=True),
+    'restran_tiny': Arch(widths=(24, 48, 72), depths=(1, 1, 1), strides=(1, 2, (2, 1)), stem=5, pool=True, refiner=1,
+                         fusion=32,
+                         layers=2, heads=4, ff=144, norm_first=True, head=0, dropout=0., wavelengths=(2, 32),
+                         standardise=True),
 }
 PRESETS['restran_small'] = replace(PRESETS['restran_tiny'], widths=(24, 48, 96), strides=(1, 2, 2), pool=False, ff=192)
 
@@ -60,7 +62,8 @@ class ResTranOCR(nn.Module):
         self.fusion = AttentionFusion(d, arch.fusion)
         self.norm_in = nn.LayerNorm(d) if arch.norm_first else nn.Identity()
         self.positions = Positions(arch.wavelengths)
-        self.encoder = nn.Sequential(*(EncoderLayer(d, arch.heads, arch.ff, arch.dropout, arch.norm_first) for _ in range(arch.layers)))
+        layers = (EncoderLayer(d, arch.heads, arch.ff, arch.dropout, arch.norm_first) for _ in range(arch.layers))
+        self.encoder = nn.Sequential(*layers)
         self.norm_out = nn.LayerNorm(d) if arch.norm_first else nn.Identity()
         self.head = (nn.Sequential(nn.Linear(d, arch.head), nn.ReLU(), nn.Linear(arch.head, n_classes)) if arch.head
                      else nn.Linear(d, n_classes))

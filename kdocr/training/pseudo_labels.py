@@ -14,8 +14,7 @@ from ..charset import Charset
 from ..config import Config
 from ..data.batches import Data, ICPR_LPR_HR_Dataset
 from ..data.icpr import FRAMES
-from ..distill.ctc import greedy_read
-from ..distill.lattice import log_likelihood
+from ..distill.ctc import greedy_read, log_likelihood
 from .device import pick_device
 from .evaluation import read_frames
 

@@ -266,7 +266,7 @@ def test_levels_and_reach_up_to_the_last_that_fits():
 
 def test_characters_must_fit():
     s, c = randn(3, 8, 6), chars(3, 8)
-    with pytest.raises(KdocrError, match=r'contrast: characters \(b,n,t\) \(3, 3, 9\) of the student and \(3, 3, 8\)'): info_nce(s, s, chars(3, 9), c)
+    with pytest.raises(KdocrError, match=r'info_nce: characters \(b,n,t\) \(3, 3, 9\) of the student and \(3, 3, 8\)'): info_nce(s, s, chars(3, 9), c)
     with pytest.raises(KdocrError, match=r'on taps \(3, 7, 6\)'): info_nce(s[:, :7], s[:, :7], c, c)
     with pytest.raises(KdocrError, match=r'on taps \(2, 8, 6\)'): info_nce(s[:2], s[:2], c, c)
 

@@ -5,8 +5,7 @@ import pytest, torch
 from torch.nn import functional as F
 from kdocr.charset import Charset
 from kdocr.core import KdocrError
-from kdocr.distill.ctc import ctc_loss, greedy_read
-from kdocr.distill.lattice import log_likelihood, char_posteriors
+from kdocr.distill.ctc import char_posteriors, ctc_loss, greedy_read, log_likelihood
 from kdocr.distill.logit_terms import (LOGIT_TERMS, STEPS, _apart, _decouple, kl_char_aligned, dist, dkd, kl,
                                        logit_mse, kl_time_mean, seq_kd, kl_std)
 from kdocr.distill.losses import tap_mse

@@ -7,13 +7,12 @@ import torch
 from kdocr.charset import Charset
 from kdocr.config import load_config
 from kdocr.core import KdocrError, read_json
-from kdocr.distill.ctc import ctc_loss
+from kdocr.distill.ctc import char_posteriors, ctc_loss
 from kdocr.data.batches import labelled, open_data
 from kdocr.training.distillation import GradBalance, TrainerDistill
 from kdocr.training.networks import load_teacher, new_student
 from kdocr.training.pseudo_labels import _pseudo_labels, with_pseudo_labels
 from kdocr.distill.feature_terms import FEATURE_TERMS
-from kdocr.distill.lattice import char_posteriors
 from kdocr.distill.logit_terms import LOGIT_TERMS, kl_char_aligned, kl
 from kdocr.distill.losses import align_pair, tap_mse
 from kdocr.training.run_folder import RunFolder, load_checkpoint, load_model, plate_hashes, save_checkpoint, state_hash

@@ -6,7 +6,7 @@ from kdocr.models import blocks
 from kdocr.models.blocks import STN, AttentionFusion, EncoderLayer, Refiner, ResNet, sinusoids
 from kdocr.core import KdocrError
 from kdocr.models.restran import PRESETS, ResTranOCR, ResTranOCR_Distill, make_model
-from kdocr.models.taps import HookTaps, TapOut, tap_of
+from kdocr.models.taps import HookTaps, TapOut
 
 def size(m): return sum(p.numel() for p in m.parameters())
 
@@ -65,11 +65,11 @@ def test_taps_change_nothing(tiny, train):
 def test_gradient_flows_through_every_tap(tiny):
     out = tiny.forward_taps(images())
     for name in ('backbone_out', 'transformer_out', 'logits'):
-        g, = torch.autograd.grad(tap_of(out, name).square().mean(), tiny.backbone.stem[0][0].weight, retain_graph=True)
+        g, = torch.autograd.grad(out[name].square().mean(), tiny.backbone.stem[0][0].weight, retain_graph=True)
         assert g.abs().sum() > 0
 
 def test_unknown_tap_is_named():
-    with pytest.raises(KdocrError, match="'bakbone_out'.*did you mean 'backbone_out'"): tap_of(TapOut(torch.zeros(1), {'backbone_out': 0}), 'bakbone_out')
+    with pytest.raises(KdocrError, match="'bakbone_out'.*did you mean 'backbone_out'"): TapOut(torch.zeros(1), {'backbone_out': 0})['bakbone_out']
 
 def test_hook_taps_agree_with_returned_taps(tiny):
     plain, x = ResTranOCR(tiny.arch).eval(), images()

@@ -5,7 +5,7 @@ import pytest, torch
 from torch.nn import functional as F
 from kdocr.charset import Charset, min_steps
 from kdocr.core import KdocrError
-from kdocr.distill.lattice import CharAlignment, log_likelihood, char_posteriors, posterior, gather_chars
+from kdocr.distill.ctc import CharAlignment, log_likelihood, char_posteriors, posterior, gather_chars
 
 CS, AB = Charset(), Charset('AB')
 TEXTS = ['ABC1D23', 'AAB1122', 'AAA1111', 'A', '', 'ZZ', 'XY9']
@@ -137,7 +137,7 @@ def test_faults():
         with pytest.raises(KdocrError, match="the character 'a' is not in the charset"): f(torch.zeros(1, 16, 37), ['aB'], CS)
         with pytest.raises(KdocrError, match='36 classes, the charset 37'): f(torch.zeros(1, 16, 36), ['A'], CS)
         with pytest.raises(KdocrError, match='2 rows of logits for 1 texts'): f(torch.zeros(2, 16, 37), ['A'], CS)
-    with pytest.raises(KdocrError, match='spell: 8 steps on 1 tracks, but 16 on 1'): gather_chars(torch.zeros(1, 8, 3), torch.zeros(1, 7, 16))
+    with pytest.raises(KdocrError, match='gather_chars: 8 steps on 1 tracks, but 16 on 1'): gather_chars(torch.zeros(1, 8, 3), torch.zeros(1, 7, 16))
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_on_a_gpu_it_is_the_same_and_waits_for_nobody():
