@@ -30,7 +30,8 @@ class Charset:
     def encode(self, text:str) -> list[int]:
         "The class numbers of `text`. Raises `KdocrError` naming the first character that is not in the charset."
         for c in text:
-            if c not in self.chars: raise KdocrError(f'{text!r}: the character {c!r} is not in the charset {self.chars!r}')
+            if c not in self.chars:
+                raise KdocrError(f'{text!r}: the character {c!r} is not in the charset {self.chars!r}')
         return [self.chars.index(c) + 1 for c in text]
 
     def decode(self, ids) -> str:
@@ -46,13 +47,14 @@ def read_charset(chars:str|Path # characters, or the path of a .txt file with th
     try: text = unicodedata.normalize('NFC', ''.join(path.read_text(encoding='utf-8-sig').splitlines()))
     except OSError as e: raise KdocrError(f'{path}: {e.strerror}') from None
     except UnicodeDecodeError as e: raise KdocrError(f'{path}: not a text in UTF-8 ({e})') from None
-    if odd := sorted({c for c in text if unicodedata.category(c) in ('Cc', 'Cs')}): raise KdocrError(f'{path}: {", ".join(map(repr, odd))} cannot be seen in a picture')
+    odd = sorted({c for c in text if unicodedata.category(c) in ('Cc', 'Cs')})
+    if odd: raise KdocrError(f'{path}: {", ".join(map(repr, odd))} cannot be seen in a picture')
     try: return Charset(text).chars
     except KdocrError as e: raise KdocrError(f'{path}: {e}') from None
 
 # %% ../nbs/02_charset.ipynb #000a
 def min_steps(text:str) -> int:
-    "The least number of CTC time steps that can spell `text`: its length plus its adjacent repeats (Graves et al. 2006, section 3)."
+    "Return the least number of CTC steps for `text`: length plus adjacent repeats (Graves et al. 2006, section 3)."
     return len(text) + sum(a == b for a, b in zip(text, text[1:]))
 
 # %% ../nbs/02_charset.ipynb #000d

@@ -289,5 +289,6 @@ def as_dict(cfg:Config) -> dict:
 def save_config(cfg:Config, path:str|Path) -> Path:
     "Every field as YAML, atomically."
     values = {'schema_version': SCHEMA_VERSION, **as_dict(cfg)}
-    with atomic_write(path) as tmp: tmp.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding='utf-8')
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    with atomic_write(path) as tmp: tmp.write_text(text, encoding='utf-8')
     return Path(path)

@@ -34,7 +34,7 @@ def _padded(rows, charset) -> np.ndarray: # texts -> (b,n) classes, 0 where one 
 
 def _sizes(texts) -> np.ndarray: return np.array([len(x) for x in texts], dtype=np.int64)
 
-def _sweep(log_probs, ids) -> tuple[np.ndarray, np.ndarray]: # what arrives before each step (t+1,b,2n+1), and what has spoken after it (t,b,2n+1)
+def _sweep(log_probs, ids): # -> log-sums of what arrives before each step (t+1,b,2n+1), and after it (t,b,2n+1)
     (b, t, _), n = log_probs.shape, ids.shape[1]
     states = np.zeros((b, 2*n + 1), np.int64)
     states[:, 1::2] = ids
@@ -59,7 +59,7 @@ def _log_prob(log_probs:np.ndarray, # (b,t,c)
     return arrived[np.arange(len(texts)), 2*_sizes(texts)]
 
 # %% ../nbs/05_decoding.ipynb #000c
-def _around(log_probs, ids): # (b,t,n) what arrives at each character's place before step t, any way and by way of a blank; largest 1
+def _around(log_probs, ids): # (b,t,n): what arrives at each character before step t, in all and by way of a blank
     (b, t, _), n = log_probs.shape, ids.shape[1]
     said = _sweep(log_probs, ids)[1].transpose(1, 0, 2)
     blank, other, best = np.full((b, t, n), -inf), np.full((b, t, n), -inf), log_probs.max(-1)
@@ -70,11 +70,12 @@ def _around(log_probs, ids): # (b,t,n) what arrives at each character's place be
     past = past + np.where(np.isfinite(top), top, 0)
     return np.exp(full - past), np.exp(blank - past)
 
-def _instead(log_probs, texts, charset) -> np.ndarray: # (b,n,c) probability of each text with its k-th character replaced; scaled alike along c
+def _instead(log_probs, texts, charset): # (b,n,c) probability of each text with its k-th character replaced, scaled
     ids, back = _padded(texts, charset), _padded([x[::-1] for x in texts], charset)
     (b, n), t = ids.shape, log_probs.shape[1]
     end = np.clip(_sizes(texts)[:, None] - 1 - np.arange(n), 0, None)       # each character's number from the end
-    come, leave = _around(log_probs, ids), [np.take_along_axis(x[:, ::-1], end[:, None], 2) for x in _around(log_probs[:, ::-1], back)]
+    come = _around(log_probs, ids)
+    leave = [np.take_along_axis(x[:, ::-1], end[:, None], 2) for x in _around(log_probs[:, ::-1], back)]
     p = np.exp(log_probs - log_probs.max(-1, keepdims=True))
     left, right = np.pad(ids, ((0, 0), (1, 0)))[:, :-1], np.pad(ids, ((0, 0), (0, 1)))[:, 1:]   # the neighbours
     (i, k), held, total = np.ogrid[:b, :n], np.zeros((b, n, p.shape[2])), np.zeros((b, n, p.shape[2]))
@@ -109,14 +110,14 @@ def beam(log_probs:np.ndarray, # (b,t,c)
     "The texts that prefix beam search finds; more `width`, less is missed."
     b, t, c = log_probs.shape
     ids, size, r = np.zeros((b, width, t), np.int64), np.zeros((b, width), np.int64), np.arange(b)[:, None]
-    quiet, spoke = np.full((b, width), -inf), np.full((b, width), -inf)                 # ending in a blank, in a character
+    quiet, spoke = np.full((b, width), -inf), np.full((b, width), -inf) # ending in a blank, in a character
     quiet[:, 0] = 0
     for s in range(t):
         p, last = log_probs[:, s], np.take_along_axis(ids, np.clip(size - 1, 0, None)[..., None], 2)[..., 0]
         all_ = np.logaddexp(quiet, spoke)
         more = all_[..., None] + p[:, None]                                             # (b,k,c)
-        np.put_along_axis(more, last[..., None], (quiet + p[r, last])[..., None], 2)    # the same character again needs a blank
-        more[..., 0] = -inf                                                             # and a blank is no growth (nor is the last of '')
+        np.put_along_axis(more, last[..., None], (quiet + p[r, last])[..., None], 2) # a repeat needs a blank
+        more[..., 0] = -inf # a blank does not extend a text
         join = _grown(ids, size) & np.isfinite(all_)[:, None]
         arrives = np.where(join, np.take_along_axis(more, np.repeat(last[:, None], width, 1), 2), -inf).max(1)
         for i, j, k in zip(*np.nonzero(join)): more[i, j, last[i, k]] = -inf
@@ -138,9 +139,11 @@ _KINDS = {'L': (str.isalpha, 'a letter'), 'D': (str.isdigit, 'a digit'), '?': (b
 def _place(part, pattern, charset) -> np.ndarray: # (c,) bool
     if part in _KINDS: ok, what = _KINDS[part]
     elif re.fullmatch(r'\[[^\[\]]+\]', part):
-        what, chars = f'one of {part}', re.sub(r'(.)-(.)', lambda m: ''.join(map(chr, range(ord(m[1]), ord(m[2]) + 1))), part[1:-1])
+        what = f'one of {part}'
+        chars = re.sub(r'(.)-(.)', lambda m: ''.join(map(chr, range(ord(m[1]), ord(m[2]) + 1))), part[1:-1])
         ok = chars.__contains__
-    else: raise KdocrError(f'pattern {pattern!r}: {part!r} is no place; known: L (a letter), D (a digit), ? (any character), [ABC] (one of these), | between patterns; '
+    else: raise KdocrError(f'pattern {pattern!r}: {part!r} is no place; known: L (a letter), D (a digit), '
+                           '? (any character), [ABC] (one of these), | between patterns; '
                            f'or the name of a layout{nearest(pattern, [*LAYOUTS, "either", "free"])}')
     may = np.array([False, *(bool(ok(c)) for c in charset.chars)])
     if not may.any(): raise KdocrError(f'pattern {pattern!r}: nothing in the charset {charset.chars!r} is {what}')
@@ -174,7 +177,8 @@ def grammar(layout:str, charset:Charset) -> Grammar:
     number, rows, ends = {(0, tuple(range(len(masks)))): 0}, [], []
     todo = list(number)
     for at, alive in todo:                                       # grows while we walk it
-        nexts = [(at + 1, tuple(a for a in alive if at < len(masks[a]) and masks[a][at][i])) for i in range(len(charset))]
+        nexts = [(at + 1, tuple(a for a in alive if at < len(masks[a]) and masks[a][at][i]))
+                 for i in range(len(charset))]
         for key in nexts:
             if key[1] and key not in number: number[key] = len(number); todo.append(key)
         rows.append([number[key] if key[1] else -1 for key in nexts])
@@ -197,7 +201,7 @@ def _best_other(x): # (...,c) -> of each class: the largest of all the others
     np.put_along_axis(out, first, rest.max(-1, keepdims=True), -1)
     return out, top[..., 0]
 
-def _ahead(log_probs, g, others=_best_other): # -> (t,b,q,c): to say c at step t in state q, and go on to an end; and (b,): all from the start
+def _ahead(log_probs, g, others=_best_other): # (t,b,q,c): say c at step t in state q and reach an end; (b,): in all
     (b, t, c), q = log_probs.shape, len(g.ends)
     ends, cols, out = np.where(g.ends, 0., -inf), np.arange(c), np.empty((t, b, q, c))
     said, quiet = np.broadcast_to(ends[:, None], (b, q, c)), np.broadcast_to(ends, (b, q))
@@ -212,32 +216,38 @@ def _ahead(log_probs, g, others=_best_other): # -> (t,b,q,c): to say c at step t
 # %% ../nbs/05_decoding.ipynb #001b
 _TIE, _HURRY = 1e-10, 1e6 # nats a character
 
-def _children(log_probs, ahead, g, ids, q, start): # of prefixes (n of them): bounds (n,c), paths in them before each step (n,t+1) by blank and in all
+def _children(log_probs, ahead, g, ids, q, start): # of n prefixes: bounds (n,c), and log-sums before each step (n,t+1)
     (n, t, _), last = log_probs.shape, np.array([x[-1] if x else 0 for x in ids])
-    spoke, quiet, own = np.full((n, t + 1), -inf), np.full((n, t + 1), -inf), np.take_along_axis(log_probs, last[:, None, None], 2)[..., 0]
+    spoke, quiet = np.full((n, t + 1), -inf), np.full((n, t + 1), -inf)
+    own = np.take_along_axis(log_probs, last[:, None, None], 2)[..., 0]
     quiet[last == 0, 0] = 0
     for s in range(t):
         spoke[:, s + 1] = np.logaddexp(spoke[:, s] + own[:, s], start[:, s])
         quiet[:, s + 1] = np.logaddexp(quiet[:, s], spoke[:, s]) + log_probs[:, s, 0]
     both, r = np.logaddexp(spoke, quiet), np.arange(n)
     come = both[:, :-1, None] + ahead                                                    # (n,t,c)
-    come[r, :, last] = quiet[:, :-1] + ahead[r, :, last]                                 # the last character again needs a blank
+    come[r, :, last] = quiet[:, :-1] + ahead[r, :, last] # a repeat needs a blank
     return np.logaddexp.reduce(come, 1), quiet, both
 
 # %% ../nbs/05_decoding.ipynb #81c59433
-def _search(log_probs, g, nodes=inf) -> list[tuple]: # classes of the most probable text of each row that fits; after so many nodes, of the nearest one
+def _search(log_probs, g, nodes=inf): # classes of each row's most probable text that fits; of a near one after `nodes`
     ahead, whole = _ahead(log_probs, g)
-    if not np.isfinite(whole).all(): raise KdocrError(f'nothing that fits can be said in {log_probs.shape[1]} time steps')
+    if not np.isfinite(whole).all():
+        raise KdocrError(f'nothing that fits can be said in {log_probs.shape[1]} time steps')
     heaps, found, going = [[] for _ in whole], [()]*len(whole), list(range(len(whole)))
-    at = {i: ((), 0, np.full(log_probs.shape[1], -inf)) for i in going}                  # classes, state, log-sum of paths that begin its last character at each step
+    # classes, state, log-sum of the paths that begin the last character at each step
+    at = {i: ((), 0, np.full(log_probs.shape[1], -inf)) for i in going}
     taken = 0
     while going:                                                                         # a node of every row at a time
         taken, deep = taken + 1, _TIE if taken < nodes else _HURRY
         ids, q, start = zip(*(at[i] for i in going))
-        bounds, quiet, both = _children(log_probs[going], ahead[:, going, q].transpose(1, 0, 2), g, ids, q, np.stack(start))
+        here = ahead[:, going, q].transpose(1, 0, 2)
+        bounds, quiet, both = _children(log_probs[going], here, g, ids, q, np.stack(start))
         for j, i in enumerate(going):
             for d in np.flatnonzero(bounds[j] > -inf).tolist():
-                heappush(heaps[i], (-bounds[j, d] - deep*(len(ids[j]) + 1), (*ids[j], d), int(g.step[q[j], d]), quiet[j] if ids[j][-1:] == (d,) else both[j]))
+                bound = -bounds[j, d] - deep*(len(ids[j]) + 1)
+                come = quiet[j] if ids[j][-1:] == (d,) else both[j]
+                heappush(heaps[i], (bound, (*ids[j], d), int(g.step[q[j], d]), come))
             if g.ends[q[j]]: heappush(heaps[i], (-both[j, -1] - deep*(len(ids[j]) + 1), ids[j], -1, None))
             _, best, state, come = heappop(heaps[i])
             if state < 0: found[i] = best
@@ -277,13 +287,15 @@ def log_mass(log_probs:np.ndarray, # (b,t,c)
     "The logarithm of the probability of all texts that fit together."
     top = log_probs.max(-1, keepdims=True)
     p, (b, t, c), q, cols = np.exp(log_probs - top), log_probs.shape, len(g.ends), np.arange(log_probs.shape[2])
-    said, quiet = np.broadcast_to(g.ends[:, None].astype(float), (b, q, c)), np.broadcast_to(g.ends.astype(float), (b, q))
+    ends = g.ends.astype(float)
+    said, quiet = np.broadcast_to(ends[:, None], (b, q, c)), np.broadcast_to(ends, (b, q))
     step, may = g.step.clip(0), g.step >= 0
     for i in reversed(range(t)):
         now = said[:, step, cols]*(p[:, i, None]*may)
         lo, hi = now.cumsum(-1), now[..., ::-1].cumsum(-1)[..., ::-1]
         hush, new = quiet*p[:, i, :1], said*p[:, i, None]
-        new[..., 1:] += lo[..., :-1]; new[..., :-1] += hi[..., 1:]                       # all but the same again; a difference would cancel
+        new[..., 1:] += lo[..., :-1]  # all but a repeat; a difference would cancel
+        new[..., :-1] += hi[..., 1:]
         said, quiet = new + hush[..., None], hush + lo[..., -1]
     faint = quiet[:, 0] < 1e-200
     out = np.log(np.where(faint, 1., quiet[:, 0])) + top[..., 0].sum(1)
@@ -297,9 +309,9 @@ class PlateReading(NamedTuple):
     confidence:float             # probability of the text; where a layout is given, among the texts that fit it
     char_confidence:tuple[float, ...] # of each character: its share among those that could stand in its place
 
-def _may_stand(texts, charset, g) -> np.ndarray: # (b,n,c) bool: whether the text still fits with that class in that place
+def _may_stand(texts, charset, g): # (b,n,c) bool: whether the text still fits with that class in that place
     ids, size = _padded(texts, charset), _sizes(texts)
-    step = np.vstack([g.step, np.full(g.step.shape[1], -1)])                             # state -1, the last row, is left by no way
+    step = np.vstack([g.step, np.full(g.step.shape[1], -1)]) # the last row is state -1, which has no way out
     may, q, ends = np.zeros((*ids.shape, len(charset)), bool), np.zeros(len(ids), np.int64), np.append(g.ends, False)
     for k in range(ids.shape[1]):
         then = step[q]                                                                   # (b,c)
@@ -319,7 +331,8 @@ def reading_of(log_probs:np.ndarray, # (b,t,c)
     each = _instead(log_probs, texts, charset)
     if g: each = np.where(_may_stand(texts, charset, g), each, 0)
     ids, total = _padded(texts, charset), each.sum(-1)
-    shares = np.divide(np.take_along_axis(each, ids[..., None], 2)[..., 0], total, out=np.zeros(ids.shape), where=total > 0)
+    own = np.take_along_axis(each, ids[..., None], 2)[..., 0]
+    shares = np.divide(own, total, out=np.zeros(ids.shape), where=total > 0)
     return [PlateReading(x, min(1., float(v)), tuple(s[:len(x)].tolist())) for x, v, s in zip(texts, np.exp(p), shares)]
 
 # %% ../nbs/05_decoding.ipynb #0027
@@ -339,10 +352,11 @@ def vote_frames(texts:list[str],         # one a frame
 def average_views(readings:list[PlateReading] # of one text, a frame each
                  ) -> PlateReading:
     "That text, with the mean of the frames' confidences."
-    return PlateReading(readings[0].text, float(np.mean([r.confidence for r in readings])), tuple(np.mean([r.char_confidence for r in readings], 0).tolist()))
+    confidence = float(np.mean([r.confidence for r in readings]))
+    return PlateReading(readings[0].text, confidence, tuple(np.mean([r.char_confidence for r in readings], 0).tolist()))
 
 # %% ../nbs/05_decoding.ipynb #002a
-def _nll(log_probs:np.ndarray, texts:list[str], charset:Charset, layout:str='', temperature:float=1.) -> float: # nats a text
+def _nll(log_probs:np.ndarray, texts:list[str], charset:Charset, layout:str='', temperature:float=1.) -> float: # nats
     "Mean negative log-likelihood of the texts, among those that fit where a layout is given."
     lp = log_softmax(log_probs/temperature)
     return float(np.mean((log_mass(lp, grammar(layout, charset)) if layout else 0) - _log_prob(lp, texts, charset)))
@@ -353,8 +367,11 @@ def fit_temperature(log_probs:np.ndarray,   # (b,t,c) of held-out plates
                     bounds:tuple[float, float]=(.1, 10.)) -> float:
     "The temperature at which the texts are most probable; 1 where there are none that can be said."
     from scipy.optimize import minimize_scalar # only training needs it
-    keep = [i for i, x in enumerate(texts) if x is not None and min_steps(x) <= log_probs.shape[1] and (not layout or charset.encode(x) in grammar(layout, charset))]
+    g = grammar(layout, charset) if layout else None
+    def usable(x): return x is not None and min_steps(x) <= log_probs.shape[1] and (g is None or charset.encode(x) in g)
+    keep = [i for i, x in enumerate(texts) if usable(x)]
     if not keep: return 1.
     known, rows = [texts[i] for i in keep], log_probs[keep]
-    found = minimize_scalar(lambda v: _nll(rows, known, charset, layout, float(np.exp(v))), bounds=np.log(bounds), method='bounded', options=dict(xatol=1e-3))
+    def loss(v): return _nll(rows, known, charset, layout, float(np.exp(v)))
+    found = minimize_scalar(loss, bounds=np.log(bounds), method='bounded', options=dict(xatol=1e-3))
     return float(np.exp(found.x))

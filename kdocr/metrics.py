@@ -90,7 +90,8 @@ def score(preds:Iterable[Prediction]) -> dict:
     "All figures of a set of readings, plain values only."
     preds = list(preds)
     right = sum(p.right for p in preds)
-    return dict(n=len(preds), right=right, exact_match=exact_match(preds), exact_match_interval=list(wilson(right, len(preds))),
+    return dict(n=len(preds), right=right, exact_match=exact_match(preds),
+                exact_match_interval=list(wilson(right, len(preds))),
                 cer=cer(preds), confidence_gap=confidence_gap(preds),
                 by_scenario=grouped(preds, lambda p: p.scenario), by_layout=grouped(preds, lambda p: p.layout),
                 by_position=by_position(preds), by_height=grouped(preds, lambda p: height_bin(p.height)))
@@ -115,6 +116,8 @@ def read_predictions(path:str|Path) -> list[Prediction]:
     "The rows of a file that `write_predictions` wrote. Raises `KdocrError` naming the file where it is something else."
     try:
         with open(path, newline='', encoding='utf-8') as f:
-            return [Prediction(**{**r, 'confidence': float(r['confidence']), 'height': int(r['height'])}) for r in csv.DictReader(f)]
+            rows = [{**r, 'confidence': float(r['confidence']), 'height': int(r['height'])} for r in csv.DictReader(f)]
+            return [Prediction(**r) for r in rows]
     except FileNotFoundError: raise KdocrError(f'{path}: no such file') from None
-    except (KeyError, TypeError, ValueError) as e: raise KdocrError(f'{path}: not a file of predictions ({e})') from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise KdocrError(f'{path}: not a file of predictions ({e})') from None

@@ -283,7 +283,7 @@ _ORDER = ('finished', 'running', 'queued', 'waiting', 'elsewhere', 'failed', 'sk
 class _Progress:
     "Reports on the jobs of a batch."
     def __init__(self, rows:list[JobState]):
-        self.rows, self.shown = rows, {r.job.name: r.state for r in rows}
+        self.rows, self.shown = rows, {r.job.name: (r.state, r.tries) for r in rows}
         self.done, self.start, self.reported = self.steps(), time.monotonic(), 0.
         notebook = 'IPython' in sys.modules and sys.modules['IPython'].get_ipython()
         live = bool(sys.stderr.isatty() or notebook)
@@ -314,8 +314,8 @@ class _Progress:
     def show(self, last:bool=False):
         "Report what has changed since the last call."
         for r in self.rows:
-            if r.state == self.shown[r.job.name]: continue
-            self.shown[r.job.name] = r.state
+            if (r.state, r.tries) == self.shown[r.job.name]: continue
+            self.shown[r.job.name] = r.state, r.tries
             self.write(f'{r.job.name}: {self.line(r)}')
         self.bar.update(self.steps() - self.bar.n)
         if last or self.bar.disable and time.monotonic() - self.reported > 60:

@@ -14,7 +14,7 @@ from .distributed import DistContext
 
 # %% ../../nbs/training/41_device.ipynb #dv05
 def pick_device(name:str, ctx:DistContext=DistContext()) -> torch.device:
-    "Return the device called `name`; 'auto' is CUDA if available, else the CPU. Raises `KdocrError` if it cannot be used."
+    "Return the device called `name`; 'auto' is CUDA if available. Raises `KdocrError` if it cannot be used."
     name = ctx.device(name)
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: return torch.empty(0, device=name).device
@@ -47,7 +47,8 @@ def explain_oom(device:torch.device, batch_size:int):
     "Turn torch's out-of-memory error into one `KdocrError` that gives the sizes."
     try: yield
     except torch.OutOfMemoryError as e:
-        size = f' of {torch.cuda.get_device_properties(device).total_memory/2**30:.1f} GiB' if device.type == 'cuda' else ''
+        total = torch.cuda.get_device_properties(device).total_memory/2**30 if device.type == 'cuda' else None
+        size = '' if total is None else f' of {total:.1f} GiB'
         why = ' '.join(str(e).split())[:120]
         raise KdocrError(f'{device_name(device)}: its memory{size} is full at batch_size {batch_size} ({why}); '
                          'a smaller batch_size, precision bf16 or data_on disk may fit') from None

@@ -36,7 +36,7 @@ def _pick_teacher_precision(name:str, device:torch.device) -> str:
 def teacher_taps(cfg:Config, data:Data, teacher:nn.Module,
                  frozen:FrozenTeacher, # the same teacher, ready to run
                  device, precision:str) -> TapCache|None: # None where the teacher must run at every step
-    "Return the teacher's taps of all views of the training tracks. Raises `KdocrError` if teacher_cache is 'on' and cannot be."
+    "Return the teacher's taps of all views of the training tracks. Raises `KdocrError` if it must and cannot."
     if cfg.teacher_cache == 'off': return None
     try: views = count_views(data.train)
     except NotFixed as e:
@@ -52,7 +52,7 @@ def teacher_taps(cfg:Config, data:Data, teacher:nn.Module,
 # %% ../../nbs/training/47_distillation.ipynb #bal1
 def grad_norms(ctc:Tensor, kd:dict[str, Tensor], # losses with their graphs
                features:Tensor,                  # (b,t,d) the backbone's output in the graph
-               scale:float|Tensor=1.,            # multiplied into the losses, divided out of the gradients: fp16 needs it
+               scale:float|Tensor=1.,            # multiplied into the losses, divided out of the gradients (fp16)
                ctx:DistContext=DistContext()
               ) -> dict[str, Tensor]:            # '<loss>_grad', and '<term>_grad_cos' for each term
     "Return the norm of each loss's gradient at `features`, and the terms' cosine with CTC's."

@@ -31,7 +31,7 @@ class DistContext:
     @classmethod
     def init(cls, device # 'auto', 'cpu' or 'cuda', as a name or a torch.device
             ) -> 'DistContext':
-        "Join the process group that torchrun describes in the environment. Raises `KdocrError` naming a variable that is missing."
+        "Join torchrun's process group. Raises `KdocrError` naming a missing variable of the environment."
         world = int(os.environ.get('WORLD_SIZE', 1))
         if world == 1: return cls()
         missing = [k for k in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
@@ -64,7 +64,7 @@ class DistContext:
         return slice(self.rank*size, (self.rank + 1)*size)
 
     def device(self, name:str) -> str:
-        "Return what `name` means on this rank: each has the GPU of its local rank. Raises `KdocrError` if there is none."
+        "Return what `name` means on this rank, each with the GPU of its local rank. Raises `KdocrError` without one."
         if self.world == 1 or name == 'cpu': return name
         if name == 'auto' and not torch.cuda.is_available(): return 'cpu'
         if name not in ('auto', 'cuda'):
@@ -72,7 +72,8 @@ class DistContext:
         n = torch.cuda.device_count()
         if self.local_rank >= n:
             cure = f'{n} rank{"s" if n > 1 else ""}' if n else 'device cpu'
-            raise KdocrError(f'device {name!r}: no GPU for rank {self.local_rank} of this machine, which has {n}; {cure} will do')
+            raise KdocrError(f'device {name!r}: no GPU for rank {self.local_rank} of this machine, which has {n}; '
+                             f'{cure} will do')
         return f'cuda:{self.local_rank}'
 
     def gather(self, obj) -> list: # one per rank, in order
@@ -130,7 +131,7 @@ class TapsModule(nn.Module):
         return out
 
 def sync_batchnorm(model:nn.Module, ctx:DistContext, device:torch.device) -> nn.Module:
-    "Return `model` with torch's SyncBatchNorm where several ranks share GPUs, else `model` itself. Parameters stay the same tensors."
+    "Return `model` with SyncBatchNorm where ranks share GPUs, else `model`. Parameters stay the same tensors."
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if ctx.world > 1 and device.type == 'cuda' else model
 
 def data_parallel(model:nn.Module, ctx:DistContext, device:torch.device) -> nn.Module:

@@ -44,7 +44,8 @@ def evaluate(model:nn.Module,      # with `forward_taps`
     for rows in torch.arange(len(dataset))[ctx.rank::ctx.world].split(batch_size):
         batch = dataset.batch(rows, 0, device, frames)
         with autocast(device, precision): logits = read_frames(model, batch.images, frames is not None) # (b,t,c)
-        tracks = zip(batch.keys, batch.texts, greedy_read(logits, charset), batch.layouts, batch.scenarios, batch.heights)
+        read = greedy_read(logits, charset)
+        tracks = zip(batch.keys, batch.texts, read, batch.layouts, batch.scenarios, batch.heights)
         preds += [Prediction(key, text, r.text, r.confidence, layout, scenario, int(height))
                   for key, text, r, layout, scenario, height in tracks]
     model.train(mode)
@@ -66,7 +67,8 @@ def calibration(model:nn.Module, dataset, charset:Charset, device:torch.device, 
         for k, x in _by_frames(model, batch.images, device, precision, alone).items(): logits[k].append(x.float().cpu())
     layouts = list(LAYOUTS) if any(texts) and all(layout_of(t) for t in texts if t) else []
     decode = 'either' if layouts else ''
-    fitted = [round(fit_temperature(log_softmax(torch.cat(x).numpy()), texts, charset, decode), 4) for x in logits.values()]
+    def fit(x): return round(fit_temperature(log_softmax(torch.cat(x).numpy()), texts, charset, decode), 4)
+    fitted = [fit(x) for x in logits.values()]
     return dict(temperature=fitted[0], temperatures=fitted, layouts=layouts)
 
 def _by_frames(model, images, device, precision, alone): # number of frames -> (b,t,c) of the first so many

@@ -61,8 +61,12 @@ def explain_exit(ends:list[_RankExit], # in the order of time
     bad = [e for e in ends if e.status]
     told = sorted((e for e in bad if e.code > 1), key=lambda e: (e.code != TemporaryFailure.exit_code, e.rank))
     if not bad: return None
-    if bad[0].status < 0: return RankKilled(f'{run}: rank {bad[0].rank} of {len(ends)} was ended by {signal.Signals(-bad[0].status).name}, perhaps for lack of memory; the same command goes on from the last checkpoint')
-    if not told: return RuntimeError(f'rank {bad[0].rank}: {bad[0].said or "it could not begin; what it printed says why"}')
+    if bad[0].status < 0:
+        name = signal.Signals(-bad[0].status).name
+        return RankKilled(f'{run}: rank {bad[0].rank} of {len(ends)} was ended by {name}, perhaps for lack of memory; '
+                          'the same command goes on from the last checkpoint')
+    if not told:
+        return RuntimeError(f'rank {bad[0].rank}: {bad[0].said or "it could not begin; what it printed says why"}')
     code, said = told[0].code, told[0].said
     if code > 128: return Stopped(code - 128, said.partition('; ')[2])
     return (TemporaryFailure if code == TemporaryFailure.exit_code else KdocrError)(said)
@@ -79,20 +83,25 @@ class RankProcesses:
     "The ranks of one training, as processes of this machine; leaving the `with` ends those that are left."
     def __init__(self, cfg:Config, ranks:int):
         self.store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-        env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(self.store.port), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+        env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(self.store.port), WORLD_SIZE=str(ranks),
+                   LOCAL_WORLD_SIZE=str(ranks),
                    TORCHELASTIC_USE_AGENT_STORE='True', TORCHELASTIC_RESTART_COUNT='0')
-        self.cfg, self.env, self.size, self.ranks, self.ends, self.failed, self.shows = cfg, env, ranks, [], [], None, None
+        self.cfg, self.env, self.size = cfg, env, ranks
+        self.ranks, self.ends, self.failed, self.shows = [], [], None, None
 
     def __enter__(self) -> 'RankProcesses':
         asked = json.dumps(as_dict(self.cfg), default=str).encode() + b'\n'
         out, said = os.pipe()
         self.shows = threading.Thread(target=_show, args=[out], daemon=True)
         self.shows.start()
-        try: self.ranks = [subprocess.Popen([sys.executable, '-m', 'kdocr.training.launch'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, bufsize=0,
-                                            start_new_session=True, env=dict(self.env, RANK=i, LOCAL_RANK=i)) for i in map(str, range(self.size))]
+        command = [sys.executable, '-m', 'kdocr.training.launch']
+        def start(i): return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+                                              bufsize=0,
+                                              start_new_session=True, env=dict(self.env, RANK=i, LOCAL_RANK=i))
+        try: self.ranks = [start(str(i)) for i in range(self.size)]
         finally: os.close(said)
         for p in self.ranks:
-            os.set_blocking(p.stdout.fileno(), False) # the last word is there when a rank has ended; its children may hold the pipe on
+            os.set_blocking(p.stdout.fileno(), False) # a rank's last message is there; its children may hold the pipe
             try: p.stdin.write(asked)
             except BrokenPipeError: pass # it is dead already, as its end will say
         return self
@@ -110,7 +119,7 @@ class RankProcesses:
         "Note who has ended since; when one has failed, the others are given a moment."
         new = [i for i, p in enumerate(self.ranks) if p.poll() is not None and i not in [e.rank for e in self.ends]]
         ends = [_RankExit(i, self.ranks[i].returncode, *json.loads(self.ranks[i].stdout.read() or '[]')) for i in new]
-        self.ends += sorted(ends, key=lambda e: (e.code < 2, e.status)) # of the same moment: who can say why, who was killed, who followed
+        self.ends += sorted(ends, key=lambda e: (e.code < 2, e.status)) # with a reason, killed, ended by a partner
         if self.failed is None and any(e.status for e in self.ends): self.failed = time.monotonic()
         if self.failed and time.monotonic() - self.failed > _GRACE: self.signal(signal.SIGKILL)
         return len(self.ends) < self.size
@@ -119,7 +128,8 @@ class RankProcesses:
 def train_ranks(cfg:Config,
                 ranks:int=1 # processes that share each batch; on GPUs one has one
                ) -> RunFolder: # the finished run
-    "`train_kd` by several processes. Raises `KdocrError` before they start where they cannot be, and what theirs raise; `RankKilled` where one was killed, `Stopped` after a signal: the same call goes on."
+    """Run `train_kd` in several processes. Raises `KdocrError` before they start where they cannot, and what theirs
+    raise; `RankKilled` where one was killed, `Stopped` after a signal: the same call then goes on."""
     check_ranks(cfg, ranks)
     run = RunFolder(cfg.out/cfg.name)
     if ranks == 1 or run.finished: return train_kd(cfg)
@@ -129,8 +139,10 @@ def train_ranks(cfg:Config,
             if asked and not told: crew.signal(signal.SIGINT); told = True
             time.sleep(.05)
     fault = explain_exit(crew.ends, str(run.path))
-    if fault and asked: raise Stopped(asked[0], str(fault).partition('; ')[2] if isinstance(fault, Stopped) else f'{run.path}: the same command goes on from the last checkpoint')
+    if fault and asked:
+        saved = str(fault).partition('; ')[2] if isinstance(fault, Stopped) else ''
+        raise Stopped(asked[0], saved or f'{run.path}: the same command goes on from the last checkpoint')
     if fault: raise fault
     return run
 
-if __name__ == '__main__' and 'ipykernel' not in sys.modules: _run_rank() # `python -m kdocr.training.launch`; this cell, run in a notebook, only defines
+if __name__ == '__main__' and 'ipykernel' not in sys.modules: _run_rank() # `python -m kdocr.training.launch`

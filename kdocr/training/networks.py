@@ -29,14 +29,16 @@ def load_teacher(cfg:Config, split_hash:str,
     return freeze(_load_fitting(cfg.teacher_checkpoint, cfg, cfg.model_type, split_hash, held))
 
 def _load_fitting(path:Path, cfg:Config, model_type:str, split_hash:str, held:Tensor|None=None) -> nn.Module:
-    "Return a checkpoint's model; of another split only if its checkpoint shows that it saw none of the plates in `held`."
+    "Return a checkpoint's model; of another split only if it provably saw none of the plates in `held`."
     ckpt = load_checkpoint(path)
     expect = dict(model_type=model_type, charset=cfg.charset, height=cfg.height, width=cfg.width)
     if not cfg.allow_leak and ckpt['split_hash'] != split_hash:
-        if held is None or 'train_plate_ids' not in ckpt: expect['split_hash'] = split_hash # cannot be ruled out: refused
+        if held is None or 'train_plate_ids' not in ckpt: expect['split_hash'] = split_hash # a leak is possible
         elif n := shared_plates(ckpt['train_plate_ids'], held):
-            raise KdocrError(f'{path}: split_hash is {ckpt["split_hash"]!r}, here it is {split_hash!r}: it was trained on {n} '
-                             f'of the {len(held)} plates that validate or test here; allow_leak: true takes it all the same')
+            raise KdocrError(f'{path}: split_hash is {ckpt["split_hash"]!r}, here it is {split_hash!r}: '
+                             f'it was trained on {n} '
+                             f'of the {len(held)} plates that validate or test here; '
+                             'allow_leak: true takes it all the same')
     return model_of(ckpt, path, expect)
 
 # %% ../../nbs/training/45_networks.ipynb #0008
@@ -47,7 +49,7 @@ def new_model(cfg:Config, model_type:str) -> nn.Module:
         return make_model(model_type, len(Charset(cfg.charset)))
 
 def new_student(cfg:Config, split_hash:str, held:Tensor|None=None) -> nn.Module:
-    "Return the student with the initial weights that `student_init` names. Raises `KdocrError` if there is no such file."
+    "Return the student with the weights that `student_init` names. Raises `KdocrError` if there is no such file."
     if cfg.student_init == 'random': return new_model(cfg, cfg.student_model_type)
     path = cfg.teacher_checkpoint if cfg.student_init == 'teacher' else Path(cfg.student_init)
     if not path.is_file():

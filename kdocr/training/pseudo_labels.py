@@ -36,7 +36,7 @@ def _pseudo_labels(teacher:nn.Module, data:Data, cfg:Config,
         labels += zip(texts, log_likelihood(logits, texts, charset).exp().tolist())
     return labels
 
-def with_pseudo_labels(cfg:Config, data:Data, teacher:nn.Module|None) -> tuple[Data, dict]: # and counts, for the run folder
+def with_pseudo_labels(cfg:Config, data:Data, teacher:nn.Module|None) -> tuple[Data, dict]: # and counts
     "Return the data with pseudo-labels where labels are missing. Tracks with neither label nor teacher are left out."
     texts = list(data.train.texts)
     unlabelled = [i for i, t in enumerate(texts) if t is None]

@@ -32,7 +32,7 @@ def describe(cfg:Config, model_type:str, split_hash:str,
                 height=cfg.height, width=cfg.width, split_hash=split_hash, **known)
 
 def plate_hashes(texts) -> Tensor: # (n,) int64, sorted
-    "Return one number per different text: enough to tell whether two sets share a plate, without giving the texts away."
+    "Return one number per different text, which tells whether two sets share a plate without giving the texts."
     return torch.tensor(sorted({seed_of('plate', t) for t in texts if t}), dtype=torch.int64)
 
 def shared_plates(a:Tensor, b:Tensor) -> int:
@@ -45,7 +45,7 @@ def on_disk(path:Path):
     "Turn a failure to write into one `KdocrError` that names `path`."
     try: yield
     except (OSError, RuntimeError) as e:
-        why = e if isinstance(e, OSError) else e.__context__ # torch's zip writer hides the system's error behind its own
+        why = e if isinstance(e, OSError) else e.__context__ # torch's zip writer hides the system's error
         if not isinstance(why, OSError): raise
         raise KdocrError(f'{path}: could not be written ({why.strerror}); what was saved before is kept') from None
 
@@ -72,12 +72,14 @@ def load_checkpoint(path:str|Path) -> dict: # tensors on the CPU
         raise KdocrError(f'{path}: damaged, or no checkpoint ({type(e).__name__})') from None
     if not isinstance(ckpt, dict): raise KdocrError(f'{path}: not a kdocr checkpoint')
     check_schema(ckpt, path)
-    if not _KEYS <= ckpt.keys(): raise KdocrError(f'{path}: not a kdocr checkpoint, {min(_KEYS - ckpt.keys())} is missing')
+    if not _KEYS <= ckpt.keys():
+        raise KdocrError(f'{path}: not a kdocr checkpoint, {min(_KEYS - ckpt.keys())} is missing')
     return ckpt
 
 # %% ../../nbs/training/42_run_folder.ipynb #000f
 _WHY = dict(model_type='the weights belong to another architecture', charset='its classes mean other characters',
-            split_hash='it was made on another split and may have seen the plates that validate here', height='it was trained on another picture size',
+            split_hash='it was made on another split and may have seen the plates that validate here',
+            height='it was trained on another picture size',
             width='it was trained on another picture size')
 
 def load_model(path:str|Path,       # a checkpoint
@@ -93,7 +95,9 @@ def model_of(ckpt:dict, path:str|Path, # the checkpoint, and the file that it wa
         if ckpt[key] != want: raise KdocrError(f'{path}: {key} is {ckpt[key]!r}, needed is {want!r}: {_WHY[key]}')
     model = make_model(ckpt['model_type'], len(Charset(ckpt['charset'])))
     try: model.load_state_dict(ckpt['model'], strict=True)
-    except RuntimeError as e: raise KdocrError(f'{path}: its weights do not fit a {ckpt["model_type"]} ({str(e).splitlines()[-1].strip()})') from None
+    except RuntimeError as e:
+        last = str(e).splitlines()[-1].strip()
+        raise KdocrError(f'{path}: its weights do not fit a {ckpt["model_type"]} ({last})') from None
     return model.eval()
 
 # %% ../../nbs/training/42_run_folder.ipynb #0012
@@ -114,8 +118,10 @@ def _git() -> str|None:
 def environment(device:torch.device, threads:int) -> dict:
     "Versions, machine and command, as plain values."
     packages = {p: version(p) for p in ('kdocr', 'torch', 'numpy', 'opencv-python-headless')}
-    return dict(schema_version=SCHEMA_VERSION, python=platform.python_version(), **packages, platform=platform.platform(),
-                device=str(device), device_name=device_name(device), threads=threads, git=_git(), command=' '.join(sys.argv))
+    return dict(schema_version=SCHEMA_VERSION, python=platform.python_version(), **packages,
+                platform=platform.platform(),
+                device=str(device), device_name=device_name(device), threads=threads, git=_git(),
+                command=' '.join(sys.argv))
 
 # %% ../../nbs/training/42_run_folder.ipynb #4a69b4e4
 _POLL_SECONDS = 5 # between two queries of a GPU's utilisation
@@ -152,7 +158,8 @@ class Meter:
         return dict(peak_memory_mb=round(peak / 2**20, 1), memory=of)
 
 # %% ../../nbs/training/42_run_folder.ipynb #0018
-FREE_SETTINGS = ('name', 'out', 'arm', 'control', 'device', 'threads', 'log_every', 'checkpoint_every', 'data_on', 'packs', 'data', 'teacher_checkpoint')
+FREE_SETTINGS = ('name', 'out', 'arm', 'control', 'device', 'threads', 'log_every', 'checkpoint_every', 'data_on',
+                 'packs', 'data', 'teacher_checkpoint')
 
 def identity(cfg:Config) -> dict:
     "The settings that decide what a run computes."
@@ -192,7 +199,7 @@ class RunFolder:
     last   = property(lambda self: self.path/'checkpoints'/'last.pth')
     best   = property(lambda self: self.path/'checkpoints'/'best.pth')
     scores = property(lambda self: self.path/'scores.json')
-    published = property(lambda self: self.path.parent/f'{self.path.name}_best.pth', doc="A teacher's best checkpoint, beside the run folders.")
+    published = property(lambda self: self.path.parent/f'{self.path.name}_best.pth', doc="A teacher's best checkpoint.")
     finished = property(lambda self: self.scores.exists(), doc='Whether there is nothing left to do.')
 
     @classmethod
@@ -201,7 +208,8 @@ class RunFolder:
         beside = checkpoint.parent.parent, checkpoint.with_name(checkpoint.name.removesuffix('_best.pth'))
         return next((cls(p) for p in beside if (p/'config.yaml').is_file()), None)
 
-    def predictions(self, part:str='val') -> list[Prediction]: return read_predictions(self.path/f'predictions_{part}.csv')
+    def predictions(self, part:str='val') -> list[Prediction]:
+        return read_predictions(self.path/f'predictions_{part}.csv')
 
     def claim(self, cfg:Config, ids:dict, env:dict):
         "Make the folder `cfg`'s; refuse where it holds another run, naming each key with both values."
@@ -209,7 +217,8 @@ class RunFolder:
         if self.config.exists():
             there = {**read_json(self.env), **identity(load_config(self.config))}
             differ = [f'{k} is {there.get(k)!r} there and {v!r} here' for k, v in here.items() if there.get(k) != v]
-            if differ: raise KdocrError(f'{self.path}: holds another run: {"; ".join(differ)}. Give this one another name, or remove the folder')
+            if differ: raise KdocrError(f'{self.path}: holds another run: {"; ".join(differ)}. '
+                                        'Give this one another name, or remove the folder')
             if self.finished: return
             starts = there.get('starts', [])
         starts = [*starts, time.strftime('%Y-%m-%dT%H:%M:%S%z')]
