@@ -210,7 +210,8 @@ def _compare(runs:_Files, /, *, out:_Path=Path('compare'), control:str=''):
     _compare_into(out, runs, control)
 
 def _compare_into(out, runs, control=''):
-    from kdocr.analysis.compare import compare_runs, find_runs, read_run
+    from kdocr.analysis.compare import compare_runs
+    from kdocr.analysis.finished_runs import find_runs, read_run
     done, going = find_runs(runs)
     for path in going: print(f'kdocr: {path}: not finished, left out', file=sys.stderr)
     text, kept, gains = compare_runs([read_run(p) for p in done], control)

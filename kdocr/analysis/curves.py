@@ -14,7 +14,7 @@ import pandas as pd
 from ..core import KdocrError, nearest
 from ..config import Config, load_config
 from ..training.run_folder import RunFolder
-from .compare import arm_name, read_log, run_labels
+from .finished_runs import arm_name, read_log, run_labels
 from .figures import INIT_COLOURS, arm_styles, loss_terms
 
 # %% ../../nbs/analysis/61b_curves.ipynb #0008

@@ -15,7 +15,8 @@ from ..charset import read_charset
 from ..config import make_config
 from ..data.synth import synth
 from ..data.batches import open_data
-from .compare import Run, arms_table, read_run, verdict
+from .finished_runs import Run, read_run
+from .compare import arms_table, verdict
 from ..metrics import pct
 from .report import report
 from ..jobs.queue import Job, run_jobs
@@ -48,7 +49,7 @@ def _demo_jobs(out:Path,  # folder of the run folders
 def _demo_table(runs:list[Run]) -> str:
     "The arms, one a line."
     t = arms_table(runs)
-    shown = pd.DataFrame({'': t.arm, 'tracks': t.tracks, 'exact %': t.exact.map(pct), '95 % interval': [f'{pct(r.lo)} to {pct(r.hi)}' for r in t.itertuples()], 'CER %': t.cer.map(pct)})
+    shown = pd.DataFrame({'': t.arm, 'tracks': t.tracks, 'exact match %': t.exact_match.map(pct), '95 % interval': [f'{pct(r.lo)} to {pct(r.hi)}' for r in t.itertuples()], 'CER %': t.cer.map(pct)})
     return shown.to_string(index=False, formatters={'': f'{{:<{t.arm.str.len().max()}}}'.format})
 
 # %% ../../nbs/analysis/69_demo.ipynb #0011

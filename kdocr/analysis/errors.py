@@ -17,7 +17,7 @@ from ..charset import Charset
 from ..metrics import Prediction, wilson
 from ..distill.ctc import greedy_read
 from ..training.evaluation import read_frames
-from .compare import paired
+from .statistics import paired
 from .figures import percent_range
 from .curves import run_styles
 from .strips import Strip, draw_strips

@@ -35,7 +35,7 @@ from ..distill.losses import align_steps
 from ..distill.similarity import PcaRgb, attention_map, cosine_by_position, entropy, pca_rgb, spikes
 from ..training.run_folder import RunFolder
 from ..training.trainer import Trainer
-from .compare import Run, arm_name, find_runs, read_run, read_values
+from .finished_runs import Run, arm_name, find_runs, read_run, read_values
 from .figures import STYLE, TERM_STYLES, loss_terms, plain_log, save_figure
 from .probe import HeldOut, each, find_teacher, shared_data, load_reader
 from .strips import STRIP_STYLES, Strip, draw_strips, plate_image

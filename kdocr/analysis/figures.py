@@ -151,9 +151,9 @@ def plot_arms(table:pd.DataFrame, # as `compare.arms_table` makes it
     for y, (row, look) in enumerate(zip(table.itertuples(), arm_styles(table.arm).values())):
         c = look['color']
         ax.plot([100 * row.lo, 100 * row.hi], [y, y], color=c, lw=2.5, solid_capstyle='butt')
-        ax.plot(100 * row.exact, y, 'o', ms=8, color=c, mfc='white' if look['linestyle'] == '--' else c, mew=2)
+        ax.plot(100 * row.exact_match, y, 'o', ms=8, color=c, mfc='white' if look['linestyle'] == '--' else c, mew=2)
         if 'each' in table and len(row.each) > 1: ax.scatter([100 * e for e in row.each], [y + .28] * len(row.each), s=9, color=c, lw=0)
-        ax.text(100 * row.hi + 1, y, f'{100 * row.exact:.1f}', va='center', fontsize=8.5)
+        ax.text(100 * row.hi + 1, y, f'{100 * row.exact_match:.1f}', va='center', fontsize=8.5)
     n = '/'.join(str(x) for x in dict.fromkeys(table.tracks))
     ax.set(yticks=range(len(table)), yticklabels=table.arm, ylim=(len(table) - .5, -.5), xlabel=f'exact match (%), 95 % interval, n = {n} held-out tracks')
     ax.margins(x=.12)
@@ -200,7 +200,7 @@ def plot_forest(gains:pd.DataFrame, # as `compare.comparisons` makes it
         if r.t_lo == r.t_lo: _bar(ax, y, 100 * r.t_lo, 100 * r.t_hi, ends, **THIN)
         ax.plot(100 * r.mean, y, 'o', ms=7, color='0.15', mfc='0.15' if r.judged in ('better', 'worse') else 'white', mew=1.5, zorder=3)
         if len(r.seeds) > 1: ax.scatter([100 * e for e in r.each], [y + .3] * len(r.each), s=12, color=INIT_COLOURS[1], lw=0, zorder=3)
-        beside(y, 0, ('axes fraction', 'data'), f'{100 * r.mean:+.1f}', f'{len(r.seeds)} x {r.tracks}', f'{r.control}, {100 * r.control_exact:.1f} %')
+        beside(y, 0, ('axes fraction', 'data'), f'{100 * r.mean:+.1f}', f'{len(r.seeds)} x {r.tracks}', f'{r.control}, {100 * r.control_exact_match:.1f} %')
     beside(1, 7, 'axes fraction', 'gain', 'seeds x tracks', 'control, exact match', color='0.4')
     ax.set(yticks=range(len(gains)), yticklabels=[wrapped(a, 34) for a in gains.arm], ylim=(len(gains) - .4, -.6), xlim=ends, xlabel='exact match against the control (points), 95 % intervals')
     ax.grid(axis='y', visible=False)

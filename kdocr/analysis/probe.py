@@ -19,7 +19,7 @@ from ..models.taps import HookTaps
 from ..models.blocks import AttentionFusion, EncoderLayer
 from ..distill.losses import align_steps
 from ..training.run_folder import RunFolder, load_checkpoint, load_model, state_hash
-from .compare import Run, data_of, data_places, read_run
+from .finished_runs import Run, data_of, data_places, read_run
 from .curves import by_arm, legend_of, unique_labels
 
 # %% ../../nbs/analysis/62_probe.ipynb #0005

@@ -14,7 +14,8 @@ import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
 from ..core import KdocrError, atomic_write, read_json
-from .compare import Run, arms_table, largest_comparable_set, comparisons, find_runs, read_run, verdict
+from .finished_runs import Run, find_runs, read_run
+from .compare import arms_table, largest_comparable_set, comparisons, verdict
 from ..metrics import pct
 from .figures import plot_arms, plot_forest, save_figure, use_style
 from ..jobs.notebooks import finish, start_notebook
@@ -33,10 +34,10 @@ def _table_html(frame:pd.DataFrame, bold:int|None=None # position of the row to 
 def _arms_html(table:pd.DataFrame # as `arms_table` makes it
               ) -> str:
     "The table of arms, the best student in bold."
-    shown = pd.DataFrame({'arm': table.arm, 'held-out tracks': table.tracks, 'exact match %': table.exact.map(pct),
+    shown = pd.DataFrame({'arm': table.arm, 'held-out tracks': table.tracks, 'exact match %': table.exact_match.map(pct),
                           '95 % interval': [f'{pct(r.lo)} to {pct(r.hi)}' for r in table.itertuples()], 'CER %': table.cer.map(pct),
                           'confidence gap': [None if g != g else f'{g:.2f}' for g in table.confidence_gap.astype(float)]})
-    students = table.exact.where(table['mode'] == 'student')
+    students = table.exact_match.where(table['mode'] == 'student')
     return _table_html(shown, int(students.argmax()) if students.notna().any() else None)
 
 def _comparisons_html(table:pd.DataFrame # as `comparisons` makes it

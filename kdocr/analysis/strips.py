@@ -223,7 +223,7 @@ def mark_disagreement(axes,           # as `plot_spikes` returned them; the firs
     blank = f"\n\nblank {next(iter(agreement.values()))['teacher_blank']:.0%}" if agreement else ''
     axes[0].set_title(first + blank, fontsize=7.5)
 
-def plot_alike_accurate(frame:pd.DataFrame, # per run and tap: arm, control (bool), tap, cka, exact, lo, hi, tracks
+def plot_alike_accurate(frame:pd.DataFrame, # per run and tap: arm, control (bool), tap, cka, exact_match, lo, hi, tracks
                         measure:str='cka', xlabel:str='debiased linear CKA with the teacher'):
     "Draw alignment against accuracy: one panel per tap, one point per run, hollow for a control. Return the figure."
     frame = frame[frame[measure].notna()]
@@ -232,11 +232,11 @@ def plot_alike_accurate(frame:pd.DataFrame, # per run and tap: arm, control (boo
     for ax, tap in zip(axs[0], taps):
         rows, (name, colour) = frame[frame.tap == tap], TERM_STYLES[tap]
         for r in rows.to_dict('records'):
-            k, bar = styles[r['arm']], np.clip([[r['exact'] - r['lo']], [r['hi'] - r['exact']]], 0, None)
-            ax.errorbar(r[measure], 100*r['exact'], yerr=100*bar, fmt=k['marker'], ms=6.5, color=k['color'],
+            k, bar = styles[r['arm']], np.clip([[r['exact_match'] - r['lo']], [r['hi'] - r['exact_match']]], 0, None)
+            ax.errorbar(r[measure], 100*r['exact_match'], yerr=100*bar, fmt=k['marker'], ms=6.5, color=k['color'],
                         mfc='white' if r['control'] else k['color'], elinewidth=.8, label=r['arm'])
-        if len(rows) > 3 and rows.exact.nunique() > 1 and rows[measure].nunique() > 1:
-            name += f', rank correlation {spearmanr(rows[measure], rows.exact).statistic:+.2f}'
+        if len(rows) > 3 and rows.exact_match.nunique() > 1 and rows[measure].nunique() > 1:
+            name += f', rank correlation {spearmanr(rows[measure], rows.exact_match).statistic:+.2f}'
         ax.set(xlabel=f'{xlabel}\n(n = {len(rows)} runs)')
         ax.margins(x=.12)
         ax.set_title(name, color=colour)

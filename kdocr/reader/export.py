@@ -24,7 +24,7 @@ from ..data.batches import to_input
 from ..models.frozen import fold_batchnorm
 from ..distill.ctc import greedy_read
 from ..training.run_folder import RunFolder, load_checkpoint, model_of, on_disk
-from ..analysis.compare import data_of
+from ..analysis.finished_runs import data_of
 from .recogniser import session, weights_file
 
 # %% ../../nbs/reader/75_export.ipynb #73fe38ea

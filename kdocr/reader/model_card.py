@@ -13,7 +13,7 @@ from ..metrics import Prediction, read_predictions, score, wilson
 from ..models.restran import make_model
 from ..training.run_folder import FREE_SETTINGS, RunFolder, load_checkpoint
 from ..analysis.errors import calibration_error, reliability
-from ..analysis.compare import data_of
+from ..analysis.finished_runs import data_of
 
 # %% ../../nbs/reader/76_model_card.ipynb #29c93be9
 def _data(run:RunFolder, cfg:Config, env:dict, ckpt:dict) -> dict:

@@ -9,10 +9,10 @@ from kdocr.core import KdocrError, read_json, write_json
 from kdocr.config import Config, uses_teacher
 from kdocr.metrics import Prediction
 from kdocr.training.run_folder import RunFolder
-from kdocr.analysis.compare import (_DISTILLATION, _METHOD, _ONE_SEED, Interval, Run, alignment_table, arms_table,
-                                    bootstrap_difference, compare_runs, _comparison, comparisons, control_of,
-                                    data_of, find_runs, _finished_runs, group_arms, _judge, run_labels, mcnemar,
-                                    paired, read_log, read_run, runs_to_read, t_interval, term_shares, verdict)
+from kdocr.analysis.compare import _DISTILLATION, _METHOD, _ONE_SEED, arms_table, compare_runs, _comparison, comparisons, control_of, group_arms, _judge, verdict
+from kdocr.analysis.statistics import Interval, bootstrap_difference, mcnemar, paired, t_interval
+from kdocr.analysis.finished_runs import Run, data_of, find_runs, _finished_runs, run_labels, read_log, read_run, runs_to_read
+from kdocr.analysis.alignment import alignment_table, term_shares
 
 
 def rows(right, n=100):
@@ -177,7 +177,7 @@ def test_seeds_without_a_partner_are_left_out_and_said():
 def test_table_and_comparison_columns():
     runs = [student('c', 60, distill_weight=0), student('d', 70)]
     t, c = arms_table(runs), comparisons(runs)
-    assert list(t.exact) == [.6, .7] and (t.lo < t.exact).all() and (t.hi > t.exact).all()
+    assert list(t.exact_match) == [.6, .7] and (t.lo < t.exact_match).all() and (t.hi > t.exact_match).all()
     assert (c.won[0], c.lost[0], c.p[0]) == (10, 0, pytest.approx(2 * .5**10)) and np.isnan(c.t_lo[0])
     assert comparisons(runs[:1]).empty
     t = arms_table(CTC + SOFT)
@@ -194,7 +194,7 @@ def test_json_holds_what_a_paper_needs():
     text, kept, gains = compare_runs(CTC + SOFT[:2] + arm_of('bare', (50,), steps=9))
     assert json.loads(json.dumps(kept, allow_nan=False)) == kept == _comparison(CTC + SOFT[:2] + arm_of('bare', (50,), steps=9))
     assert [a['arm'] for a in kept['arms']] == ['soft', 'ctc', 'bare'] and [a['gain'] for a in kept['arms']] == ['+10.5', 'control', 'no control']
-    assert [(r['seed'], r['exact']) for r in kept['arms'][1]['runs']] == [(0, .6), (1, .58), (2, .62)] and kept['arms'][0]['settings']['distill_terms'] == ['kl']
+    assert [(r['seed'], r['exact_match']) for r in kept['arms'][1]['runs']] == [(0, .6), (1, .58), (2, .62)] and kept['arms'][0]['settings']['distill_terms'] == ['kl']
     g = kept['gains'][0]
     assert g['each'] == pytest.approx([.1, .11]) and g['lo'] < g['mean'] < g['hi'] and g['t_lo'] < g['lo'] and g['judged'] == 'not enough seeds to say'
     assert (kept['method']['draws'], kept['method']['seed'], kept['tracks']) == (4000, 0, 100) and 'Owen 2007' in kept['method']['bootstrap'] and _METHOD in kept['warnings']
@@ -306,5 +306,5 @@ def test_recipes_runs_and_says_how_to_make_runs(trained, tmp_path):
 
 
 def test_the_settings_that_decide_the_data_exist():
-    from kdocr.analysis.compare import _DATA_SETTINGS
+    from kdocr.analysis.alignment import _DATA_SETTINGS
     assert set(_DATA_SETTINGS) <= Config.model_fields.keys() and len(set(_DATA_SETTINGS)) == len(_DATA_SETTINGS)

@@ -4,7 +4,8 @@ import nbformat
 import pytest
 from kdocr.core import KdocrError, read_json
 from kdocr.config import make_config
-from kdocr.analysis.compare import control_of, read_run
+from kdocr.analysis.compare import control_of
+from kdocr.analysis.finished_runs import read_run
 from kdocr.analysis.demo import _FULL_DEMO, _QUICK_DEMO, _claim_folder, _demo_jobs
 from kdocr.jobs.queue import Job, run_jobs
 from kdocr.jobs.status import log_end

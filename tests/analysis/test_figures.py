@@ -90,17 +90,17 @@ def test_a_start_has_a_colour_and_a_control_a_dash():
     assert not {c['color'] for c in s.values()} & {c for _, c in TERM_STYLES.values()}
 
 def test_arms_stand_in_order_with_intervals():
-    ax = plot_arms(pd.DataFrame(dict(arm=ARMS, tracks=500, exact=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75])))
+    ax = plot_arms(pd.DataFrame(dict(arm=ARMS, tracks=500, exact_match=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75])))
     assert [t.get_text() for t in ax.get_yticklabels()] == ARMS and 'n = 500' in ax.get_xlabel() and '%' in ax.get_xlabel()
     assert [list(l.get_xdata()) for l in ax.lines[::2]] == [pytest.approx([45, 55]), pytest.approx([55, 65]), pytest.approx([65, 75])]
 
 def test_seeds_stand_under_their_arm():
-    table = pd.DataFrame(dict(arm=ARMS, tracks=500, exact=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75], each=[[.48, .52], [.6], [.69, .7, .71]]))
+    table = pd.DataFrame(dict(arm=ARMS, tracks=500, exact_match=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75], each=[[.48, .52], [.6], [.69, .7, .71]]))
     assert [sorted(c.get_offsets()[:, 0]) for c in plot_arms(table).collections] == [pytest.approx([48, 52]), pytest.approx([69, 70, 71])]
 
 @pytest.fixture
 def gains():
-    row = lambda arm, each, t, judged: dict(arm=arm, control='ctc', seeds=[*range(len(each))], tracks=300, control_exact=.5, each=each, mean=np.mean(each), lo=np.mean(each) - .01, hi=np.mean(each) + .01,
+    row = lambda arm, each, t, judged: dict(arm=arm, control='ctc', seeds=[*range(len(each))], tracks=300, control_exact_match=.5, each=each, mean=np.mean(each), lo=np.mean(each) - .01, hi=np.mean(each) + .01,
                                             t_lo=np.mean(each) - t, t_hi=np.mean(each) + t, judged=judged)
     return pd.DataFrame([row('soft', [.02, .03, .04], .015, 'better'), row('twice', [.01, .02], .5, 'not enough seeds to say'), row('once', [-.02], np.nan, 'not enough seeds to say')])
 
@@ -132,7 +132,7 @@ def test_seeds_of_an_arm_are_a_mean_and_a_range():
     assert (frame.lo[0], frame.hi[0]) == (.2, .6) and frame.lo[1] == pytest.approx(wilson(25, 50)[0])
 
 def test_taps_bars():
-    frame = pd.DataFrame([(a, t, .1 * i + .2 * j, .5) for i, a in enumerate(ARMS) for j, t in enumerate(list(TERM_STYLES)[1:])], columns=['arm', 'tap', 'cka', 'exact'])
+    frame = pd.DataFrame([(a, t, .1 * i + .2 * j, .5) for i, a in enumerate(ARMS) for j, t in enumerate(list(TERM_STYLES)[1:])], columns=['arm', 'tap', 'cka', 'exact_match'])
     ax = plot_taps(frame, 'cka', 'CKA')
     assert len(ax.patches) == 9 and [p.get_hatch() for p in ax.patches[:3]] == ['////', None, '////']
     assert matplotlib.colors.to_hex(ax.patches[0].get_facecolor()).upper() == TERM_STYLES['backbone_out'][1]

@@ -13,7 +13,7 @@ from kdocr.jobs.notebooks import run_notebook
 from kdocr.analysis.figures import PAGE
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
-from kdocr.analysis.compare import Run, read_run
+from kdocr.analysis.finished_runs import Run, read_run
 from kdocr.analysis.probe import (_CheckpointProbe, _align_probes, _layer_names, _not_comparable, _taught_by_others,
                                   as_steps, find_teacher, shared_data, load_reader, open_runs, probe)
 from kdocr.analysis.errors import by_frames

@@ -101,13 +101,13 @@ def test_the_raster_marks_what_differs():
     assert [hexed(t.get_color()) for t in axes[1].texts] == ['#B2182B', '#000000'] and 'characters –' in axes[1].get_title(loc='left') and 'blank 25%' in axes[0].get_title(loc='left')
 
 def test_alike_and_accurate():
-    f = pd.DataFrame([dict(arm=a, control=i == 0, tap=t, cka=.1 + .2*i, exact=.2*i, lo=.2*i, hi=.2*i + .1, tracks=50) for i, a in enumerate(ARMS) for t in list(TERM_STYLES)[1:]])
+    f = pd.DataFrame([dict(arm=a, control=i == 0, tap=t, cka=.1 + .2*i, exact_match=.2*i, lo=.2*i, hi=.2*i + .1, tracks=50) for i, a in enumerate(ARMS) for t in list(TERM_STYLES)[1:]])
     fig = plot_alike_accurate(f)
     assert len(fig.axes) == 3 and all('n = 3 runs' in ax.get_xlabel() and 'rank' not in ax.get_title(loc='left') for ax in fig.axes) and 'n = 50 tracks' in fig.axes[0].get_ylabel()
     points = [l for l in fig.axes[0].lines if l.get_marker() in 'osD']
     assert [(l.get_xdata()[0], l.get_ydata()[0]) for l in points] == [pytest.approx((.1 + .2*i, 20*i)) for i in range(3)]
     assert 'not imply' in fig._suptitle.get_text() and fig.axes[0].get_ylim() == pytest.approx((-2, 54)) # 0 to 50 %, with some room
-    seeds = plot_alike_accurate(pd.concat([f, f.assign(exact=f.exact + .01)]))
+    seeds = plot_alike_accurate(pd.concat([f, f.assign(exact_match=f.exact_match + .01)]))
     assert [t.get_text() for t in seeds.legends[0].get_texts()] == ARMS and 'n = 6 runs' in seeds.axes[0].get_xlabel() # a name an arm, a point a run
 
 def test_saved_once_laid_out(tmp_path):
