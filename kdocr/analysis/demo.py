@@ -42,14 +42,18 @@ def _demo_jobs(out:Path,  # folder of the run folders
     teacher = Job('teacher', plan.teacher_steps, dict(common, mode='teacher', name='teacher', steps=plan.teacher_steps))
     def student(name, init, weight):
         p = dict(common, mode='student', name=name, steps=plan.student_steps, student_init=init, distill_weight=weight)
-        return Job(name, plan.student_steps, p) if (init, weight) == ('random', 0.) else Job(name, plan.student_steps, dict(p, teacher_checkpoint=str(out/'teacher_best.pth')), 'teacher')
-    return [teacher, student('random_control', 'random', 0.), student('random_distilled', 'random', 1.), student('warm_control', 'teacher', 0.), student('warm_distilled', 'teacher', 1.)]
+        if (init, weight) == ('random', 0.): return Job(name, plan.student_steps, p)
+        return Job(name, plan.student_steps, dict(p, teacher_checkpoint=str(out/'teacher_best.pth')), 'teacher')
+    return [teacher, student('random_control', 'random', 0.), student('random_distilled', 'random', 1.),
+            student('warm_control', 'teacher', 0.), student('warm_distilled', 'teacher', 1.)]
 
 # %% ../../nbs/analysis/69_demo.ipynb #000e
 def _demo_table(runs:list[Run]) -> str:
     "The arms, one a line."
     t = arms_table(runs)
-    shown = pd.DataFrame({'': t.arm, 'tracks': t.tracks, 'exact match %': t.exact_match.map(pct), '95 % interval': [f'{pct(r.lo)} to {pct(r.hi)}' for r in t.itertuples()], 'CER %': t.cer.map(pct)})
+    interval = [f'{pct(r.lo)} to {pct(r.hi)}' for r in t.itertuples()]
+    shown = pd.DataFrame({'': t.arm, 'tracks': t.tracks, 'exact match %': t.exact_match.map(pct),
+                          '95 % interval': interval, 'CER %': t.cer.map(pct)})
     return shown.to_string(index=False, formatters={'': f'{{:<{t.arm.str.len().max()}}}'.format})
 
 # %% ../../nbs/analysis/69_demo.ipynb #0011
@@ -59,7 +63,8 @@ def _claim_folder(out:Path, asked:dict) -> None:
     "Make `out` this demo's folder. Raises `KdocrError` where it is another's."
     if (out/'demo.json').exists() and (there := read_json(out/'demo.json')) != asked:
         differ = [f'{k} is {there.get(k)!r} there and {v!r} here' for k, v in asked.items() if there.get(k) != v]
-        raise KdocrError(f'{out}: holds another demo: {"; ".join(differ)}. Give --out another folder, or remove this one')
+        raise KdocrError(f'{out}: holds another demo: {"; ".join(differ)}. '
+                         'Give --out another folder, or remove this one')
     write_json(out/'demo.json', asked)
 
 # %% ../../nbs/analysis/69_demo.ipynb #0014
@@ -77,12 +82,15 @@ def demo(out:Path|None=None,   # folder for everything; None: `demo`, or `demo_q
     if data and Path(data).is_file(): other['recombine_p'] = 0. # halves of plates can be joined, those of words cannot
     plan = plan._replace(settings={**plan.settings, **other})
     if quick: print(_QUICK_DEMO_NOTE)
-    data = Path(data).absolute() if data else synth(out/'data', tracks=plan.tracks, test=plan.test, seed=0, workers=cores)
+    drawn = dict(tracks=plan.tracks, test=plan.test, seed=0, workers=cores)
+    data = Path(data).absolute() if data else synth(out/'data', **drawn)
     todo = _demo_jobs(out, data, plan)
     for j in todo[:2]: open_data(make_config(j.params))
     run_jobs(todo, out, 'train_kd', cores or os.cpu_count())
     runs = [out/j.name for j in todo]
     page = report(runs, out/'report.html', _QUICK_DEMO_NOTE if quick else '')
     read = [read_run(r) for r in runs]
-    print('', _demo_table(read), '', *verdict(read), *([_QUICK_DEMO_NOTE] if quick else []), '', f'{page} ({time.perf_counter() - start:.0f} s)', sep='\n')
+    note = [_QUICK_DEMO_NOTE] if quick else []
+    took = f'{page} ({time.perf_counter() - start:.0f} s)'
+    print('', _demo_table(read), '', *verdict(read), *note, '', took, sep='\n')
     return page

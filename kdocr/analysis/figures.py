@@ -20,10 +20,13 @@ from matplotlib.transforms import ScaledTranslation
 from ..metrics import by_position, grouped, height_bin, wilson
 
 # %% ../../nbs/analysis/61_figures.ipynb #0005
-TERM_STYLES = {'ctc': ('CTC', '#4D4D4D'), 'backbone_out': ('backbone', '#0072B2'), 'transformer_out': ('transformer', '#D55E00'), 'logits': ('logits', '#009E73')}
+TERM_STYLES = {'ctc': ('CTC', '#4D4D4D'), 'backbone_out': ('backbone', '#0072B2'),
+               'transformer_out': ('transformer', '#D55E00'), 'logits': ('logits', '#009E73')}
 INIT_COLOURS = ('#CC79A7', '#E69F00', '#56B4E9', '#882255', '#999933')   # a colour for each start an arm can have
-STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '0.92', 'axes.axisbelow': True,
-         'legend.frameon': False, 'axes.titlesize': 9.5, 'axes.titlelocation': 'left', 'figure.constrained_layout.use': True,
+STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '0.92',
+         'axes.axisbelow': True,
+         'legend.frameon': False, 'axes.titlesize': 9.5, 'axes.titlelocation': 'left',
+         'figure.constrained_layout.use': True,
          'figure.facecolor': 'white', 'savefig.facecolor': 'white', 'pdf.fonttype': 42}
 PAGE = 9.5 # inches: a wider figure is shrunk on a page, and its letters with it
 
@@ -39,7 +42,9 @@ def arm_styles(arms # labels, as `compare.labels` makes them
     starts = list(dict.fromkeys(a.split(',')[0] for a in arms if not a.startswith('HR teacher')))
     def look(a):
         if a.startswith('HR teacher'): return dict(color='black', linestyle='-')
-        return dict(color=INIT_COLOURS[starts.index(a.split(',')[0]) % len(INIT_COLOURS)], linestyle='--' if 'control' in a else '-')
+        start, *rest = a.split(', ')
+        dash = '--' if rest[:1] == ['control'] else '-'
+        return dict(color=INIT_COLOURS[starts.index(start) % len(INIT_COLOURS)], linestyle=dash)
     return {a: look(a) for a in arms}
 
 # %% ../../nbs/analysis/61_figures.ipynb #fc484ea8
@@ -53,11 +58,12 @@ def grid(n:int, most:int,        # panels, and how many may stand side by side
     for ax in axs.flat[n:]: ax.set_axis_off()
     return fig, list(axs.flat[:n])
 
-def legend_above(fig, axs, names=None, ncols:int=3) -> None: # names: labels in the order that is wanted; None: as they were drawn
+def legend_above(fig, axs, names=None, ncols:int=3) -> None: # names: labels in order; None: as they were drawn
     "One legend for many panels, over all of them."
     found = {label: h for ax in axs for h, label in zip(*ax.get_legend_handles_labels())}
     shown = [k for k in (found if names is None else names) if k in found]
-    if shown: fig.legend([found[k] for k in shown], shown, loc='outside upper left', ncols=min(ncols, len(shown)), fontsize=8)
+    if not shown: return
+    fig.legend([found[k] for k in shown], shown, loc='outside upper left', ncols=min(ncols, len(shown)), fontsize=8)
 
 # %% ../../nbs/analysis/61_figures.ipynb #b57c71b5
 def percent_range(ax, lo:float, hi:float # shares of 1, the lowest and the highest that are drawn
@@ -67,13 +73,15 @@ def percent_range(ax, lo:float, hi:float # shares of 1, the lowest and the highe
     ax.set_ylim(max(-2., 100*lo - room), min(102., 100*hi + room))
 
 def plain_log(ax) -> None:
-    "Numbers without powers on a logarithmic vertical axis: 1, 2 and 5 of each decade, or round steps where it spans less than that."
+    "Write plain numbers on a logarithmic vertical axis: 1, 2 and 5 of each decade, or round steps on a short range."
     lo, hi = ax.get_ylim()
     ax.yaxis.set_major_formatter('{x:g}')
     if hi < 4*lo:
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_minor_locator(NullLocator())
-    else: ax.yaxis.set_minor_formatter((lambda v, _: f'{v:g}' if f'{v:.2e}'[:4] in ('2.00', '5.00') else '') if hi < 50*lo else '')
+    else:
+        def plain(v, _): return f'{v:g}' if f'{v:.2e}'[:4] in ('2.00', '5.00') else ''
+        ax.yaxis.set_minor_formatter(plain if hi < 50*lo else '')
     ax.tick_params(axis='y', which='both', labelsize=8)
 
 def wrapped(label:str, width:int=24) -> str:
@@ -95,14 +103,18 @@ _LINES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)))
 def loss_terms(*logs:pd.DataFrame) -> list[_LegendEntry]: # CTC first, then the taps in the order of `TERM_STYLES`
     "The terms that any of the logs holds; what is to be drawn alike is asked for together."
     columns = list(dict.fromkeys(c for log in logs for c in log))
-    keys = [c.removeprefix('kd_').removesuffix('_weighted') for c in columns if c.startswith('kd_') and c.endswith('_weighted')]
+    weighted = [c for c in columns if c.startswith('kd_') and c.endswith('_weighted')]
+    keys = [c.removeprefix('kd_').removesuffix('_weighted') for c in weighted]
     taps = sorted((t for t in TERM_STYLES if t != 'ctc'), key=len, reverse=True)
-    split = {k: next(((t, k[len(t) + 1:] or 'mse') for t in taps if k == t or k.startswith(f'{t}_')), (k, 'mse')) for k in keys}
+    def parts(k): # tap and kind
+        return next(((t, k[len(t) + 1:] or 'mse') for t in taps if k == t or k.startswith(f'{t}_')), (k, 'mse'))
+    split = {k: parts(k) for k in keys}
     kinds = list(dict.fromkeys(sorted((kind for _, kind in split.values()), key=lambda x: x != 'mse')))
     order = [t for t in TERM_STYLES] + [t for t, _ in split.values() if t not in TERM_STYLES]
     def term(key, tap, kind):
         name, colour = TERM_STYLES.get(tap, (tap, '#882255'))
-        return _LegendEntry(key, tap, kind, name if kind == 'mse' else f'{name}, {kind}', colour, _LINES[kinds.index(kind) % len(_LINES)])
+        label = name if kind == 'mse' else f'{name}, {kind}'
+        return _LegendEntry(key, tap, kind, label, colour, _LINES[kinds.index(kind) % len(_LINES)])
     found = sorted((term(k, *of) for k, of in split.items()), key=lambda x: (order.index(x.tap), kinds.index(x.kind)))
     return [_LegendEntry('ctc', 'ctc', 'ctc', *TERM_STYLES['ctc'], '-')] * ('ctc' in columns) + found
 
@@ -120,8 +132,10 @@ def plot_losses(log:pd.DataFrame,     # a run's log
     for t in loss_terms(log):
         column = steps['ctc' if t.key == 'ctc' else f'kd_{t.key}' + '_weighted'*weighted]
         ax.plot(steps.step, column, color=t.colour, alpha=.2, lw=.6)
-        ax.plot(steps.step, column.rolling(w, center=True, min_periods=1).median(), color=t.colour, ls=t.line, label=t.label)
-    ax.set(xlabel=f'training step (n = {len(steps)})', ylabel=f"loss, {'weighted' if weighted else 'raw'}{' (log scale)' if logy else ''}")
+        smooth = column.rolling(w, center=True, min_periods=1).median()
+        ax.plot(steps.step, smooth, color=t.colour, ls=t.line, label=t.label)
+    scale, kind = ' (log scale)' if logy else '', 'weighted' if weighted else 'raw'
+    ax.set(xlabel=f'training step (n = {len(steps)})', ylabel=f'loss, {kind}{scale}')
     if logy: ax.set_yscale('log')
     else: ax.set_ylim(bottom=0)
     if legend: ax.legend(ncols=2, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
@@ -138,7 +152,9 @@ def plot_over_steps(logs:dict[str, pd.DataFrame], # label -> log
     for (label, log), look in zip(logs.items(), arm_styles(logs).values()):
         if column not in log: continue
         rows = log[log[column].notna()]
-        ax.plot(rows.step, scale * rows[column].rolling(max(1, len(rows) // 50), center=True, min_periods=1).median(), label=label, marker='o' if len(rows) < 40 else '', ms=3, **look)
+        smooth = rows[column].rolling(max(1, len(rows) // 50), center=True, min_periods=1).median()
+        marker = 'o' if len(rows) < 40 else ''
+        ax.plot(rows.step, scale * smooth, label=label, marker=marker, ms=3, **look)
     ax.set(xlabel='training step', ylabel=ylabel)
     if len(logs) > 1: ax.legend(fontsize=8)
     return ax
@@ -152,10 +168,12 @@ def plot_arms(table:pd.DataFrame, # as `compare.arms_table` makes it
         c = look['color']
         ax.plot([100 * row.lo, 100 * row.hi], [y, y], color=c, lw=2.5, solid_capstyle='butt')
         ax.plot(100 * row.exact_match, y, 'o', ms=8, color=c, mfc='white' if look['linestyle'] == '--' else c, mew=2)
-        if 'each' in table and len(row.each) > 1: ax.scatter([100 * e for e in row.each], [y + .28] * len(row.each), s=9, color=c, lw=0)
+        if 'each' in table and len(row.each) > 1:
+            ax.scatter([100 * e for e in row.each], [y + .28] * len(row.each), s=9, color=c, lw=0)
         ax.text(100 * row.hi + 1, y, f'{100 * row.exact_match:.1f}', va='center', fontsize=8.5)
     n = '/'.join(str(x) for x in dict.fromkeys(table.tracks))
-    ax.set(yticks=range(len(table)), yticklabels=table.arm, ylim=(len(table) - .5, -.5), xlabel=f'exact match (%), 95 % interval, n = {n} held-out tracks')
+    ax.set(yticks=range(len(table)), yticklabels=table.arm, ylim=(len(table) - .5, -.5),
+           xlabel=f'exact match (%), 95 % interval, n = {n} held-out tracks')
     ax.margins(x=.12)
     ax.set_xlim(left=max(-2, ax.get_xlim()[0]))
     ax.grid(axis='y', visible=False)
@@ -181,7 +199,8 @@ def _key(ax): # what the marks mean, above the rows
     ax.plot([], [], **THIN, label='t, seeds')
     ax.scatter([], [], s=12, color=INIT_COLOURS[1], label='a seed')
     above = ax.transAxes + ScaledTranslation(0, 17 / 72, ax.figure.dpi_scale_trans)
-    ax.legend(ncols=4, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1), bbox_transform=above, borderpad=0, columnspacing=1.2, handletextpad=.9)
+    ax.legend(ncols=4, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1), bbox_transform=above, borderpad=0,
+              columnspacing=1.2, handletextpad=.9)
 
 # %% ../../nbs/analysis/61_figures.ipynb #da0feb0f
 def plot_forest(gains:pd.DataFrame, # as `compare.comparisons` makes it
@@ -194,15 +213,21 @@ def plot_forest(gains:pd.DataFrame, # as `compare.comparisons` makes it
     ends = shown.min() - room, shown.max() + room
     ax.axvline(0, color='0.2', lw=.8, zorder=1)
     def beside(y, up, coords, *words, **kw): # columns at the right
-        for x, w in zip((10, 42, 112), words): ax.annotate(w, (1, y), (x, up), coords, 'offset points', va='center', fontsize=8, annotation_clip=False, **kw)
+        style = dict(va='center', fontsize=8, annotation_clip=False, **kw)
+        for x, w in zip((10, 42, 112), words): ax.annotate(w, (1, y), (x, up), coords, 'offset points', **style)
     for y, r in enumerate(gains.itertuples()):
         _bar(ax, y, 100 * r.lo, 100 * r.hi, ends, **THICK)
         if r.t_lo == r.t_lo: _bar(ax, y, 100 * r.t_lo, 100 * r.t_hi, ends, **THIN)
-        ax.plot(100 * r.mean, y, 'o', ms=7, color='0.15', mfc='0.15' if r.judged in ('better', 'worse') else 'white', mew=1.5, zorder=3)
-        if len(r.seeds) > 1: ax.scatter([100 * e for e in r.each], [y + .3] * len(r.each), s=12, color=INIT_COLOURS[1], lw=0, zorder=3)
-        beside(y, 0, ('axes fraction', 'data'), f'{100 * r.mean:+.1f}', f'{len(r.seeds)} x {r.tracks}', f'{r.control}, {100 * r.control_exact_match:.1f} %')
+        face = '0.15' if r.judged in ('better', 'worse') else 'white'
+        ax.plot(100 * r.mean, y, 'o', ms=7, color='0.15', mfc=face, mew=1.5, zorder=3)
+        if len(r.seeds) > 1:
+            ax.scatter([100 * e for e in r.each], [y + .3] * len(r.each), s=12, color=INIT_COLOURS[1], lw=0, zorder=3)
+        control = f'{r.control}, {100 * r.control_exact_match:.1f} %'
+        words = f'{100 * r.mean:+.1f}', f'{len(r.seeds)} x {r.tracks}', control
+        beside(y, 0, ('axes fraction', 'data'), *words)
     beside(1, 7, 'axes fraction', 'gain', 'seeds x tracks', 'control, exact match', color='0.4')
-    ax.set(yticks=range(len(gains)), yticklabels=[wrapped(a, 34) for a in gains.arm], ylim=(len(gains) - .4, -.6), xlim=ends, xlabel='exact match against the control (points), 95 % intervals')
+    ax.set(yticks=range(len(gains)), yticklabels=[wrapped(a, 34) for a in gains.arm], ylim=(len(gains) - .4, -.6),
+           xlim=ends, xlabel='exact match against the control (points), 95 % intervals')
     ax.grid(axis='y', visible=False)
     ax.spines['left'].set_visible(False)
     _left_aligned(ax)
@@ -210,31 +235,34 @@ def plot_forest(gains:pd.DataFrame, # as `compare.comparisons` makes it
     return ax
 
 # %% ../../nbs/analysis/61_figures.ipynb #0014
-CUTS = {'height': 'LR height (pixels)', 'position': 'character position', 'layout': 'plate layout', 'scenario': 'scenario'}
+CUTS = {'height': 'LR height (pixels)', 'position': 'character position', 'layout': 'plate layout',
+        'scenario': 'scenario'}
 
 def cut(arms:dict[str, list[list]], # label -> the readings of each of its seeds
         by:str                      # 'height', 'position', 'layout' or 'scenario'
        ) -> pd.DataFrame:           # arm, group, n (of a seed), exact_match, lo, hi, seeds
-    "Exact match of each arm by group; by position, the share of right characters. One seed with its 95 % interval (Wilson), several as mean and range."
+    "Exact match of each arm by group (by position: right characters); Wilson's interval, or range over seeds."
     def groups(preds):
         if by == 'position': return by_position(preds)
         return grouped(preds, (lambda p: height_bin(p.height)) if by == 'height' else (lambda p: getattr(p, by)))
     def ends(each): # the same group of each seed
-        return wilson(each[0]['right'], each[0]['n']) if len(each) == 1 else (min(v['exact_match'] for v in each), max(v['exact_match'] for v in each))
+        if len(each) == 1: return wilson(each[0]['right'], each[0]['n'])
+        return min(v['exact_match'] for v in each), max(v['exact_match'] for v in each)
     rows = []
     for a, seeds in arms.items():
         found = [groups(preds) for preds in seeds]
         for g in found[0]:
             each = [f[g] for f in found if g in f]
             lo, hi = ends(each)
-            rows.append(dict(arm=a, group=g, n=each[0]['n'], exact_match=float(np.mean([v['exact_match'] for v in each])), lo=lo, hi=hi, seeds=len(each)))
+            mean = float(np.mean([v['exact_match'] for v in each]))
+            rows.append(dict(arm=a, group=g, n=each[0]['n'], exact_match=mean, lo=lo, hi=hi, seeds=len(each)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/analysis/61_figures.ipynb #001a
 def plot_taps(frame:pd.DataFrame, # arm, tap, and the measure; several rows of the same two are seeds
               measure:str,        # a column
               ylabel:str, legend:bool=True, ax=None):
-    "A bar a tap for each arm, in the tap's colour, controls hatched; of several seeds their mean, with a line over their range."
+    "One bar per tap and arm, in the tap's colour, controls hatched; the mean of several seeds, with their range."
     ax = ax or plt.subplots()[1]
     arms, taps = list(dict.fromkeys(frame.arm)), [t for t in TERM_STYLES if t in set(frame.tap)]
     at = frame.groupby(['arm', 'tap'])[measure].agg(['mean', 'min', 'max', 'count'])
@@ -246,7 +274,9 @@ def plot_taps(frame:pd.DataFrame, # arm, tap, and the measure; several rows of t
     ax.set_xticks(range(len(arms)), [wrapped(a, 12) for a in arms], fontsize=8)
     ax.set_ylabel(ylabel)
     ax.grid(axis='x', visible=False)
-    if legend: ax.legend(handles=[Patch(color=TERM_STYLES[t][1], label=TERM_STYLES[t][0]) for t in taps], ncols=3, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1))
+    if legend:
+        handles = [Patch(color=TERM_STYLES[t][1], label=TERM_STYLES[t][0]) for t in taps]
+        ax.legend(handles=handles, ncols=3, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1))
     return ax
 
 # %% ../../nbs/analysis/61_figures.ipynb #0020
@@ -275,7 +305,8 @@ def plot_readings(pictures,        # (n,H,W,3) uint8, what the model saw
     for ax, picture, p in zip(axs.flat, pictures, preds):
         ax.imshow(picture)
         said = p.pred or '(nothing)'
-        ax.set_title(f'{said}  {p.confidence:.2f}' if p.right else f'{said}, is {p.text}', fontsize=8, color='#00693E' if p.right else '#B2182B', pad=2, loc='center')
+        title = f'{said}  {p.confidence:.2f}' if p.right else f'{said}, is {p.text}'
+        ax.set_title(title, fontsize=8, color='#00693E' if p.right else '#B2182B', pad=2, loc='center')
     return fig
 
 # %% ../../nbs/analysis/61_figures.ipynb #0026

@@ -21,13 +21,17 @@ def results(plan:Sweep, rows:dict[str, JobState]|None=None # as `sweep` gives th
            ) -> pd.DataFrame: # a row a run: name, state, what differs, scores
     "All runs of a sweep."
     rows = rows or {j.name: JobState(j, plan.out.absolute()) for j in plan.jobs}
-    keys = [k for k in dict.fromkeys(k for n in plan.students for k in rows[n].job.params) if k not in ('name', 'arm', 'control', 'out', 'teacher_checkpoint')
+    all_keys = dict.fromkeys(k for n in plan.students for k in rows[n].job.params)
+    keys = [k for k in all_keys if k not in ('name', 'arm', 'control', 'out', 'teacher_checkpoint')
             and len({repr(rows[n].job.params.get(k, '')) for n in plan.students}) > 1]
     def line(r):
         kept = read_json(r.files.folder/'scores.json') if r.state == 'finished' and r.job.trains else {}
-        part = next((p for p in ('test', 'val') if isinstance(kept.get(p), dict) and {'n', 'exact_match', 'cer'} <= kept[p].keys()), None)
+        needed = {'n', 'exact_match', 'cer'}
+        whole = [p for p in ('test', 'val') if isinstance(kept.get(p), dict) and needed <= kept[p].keys()]
+        part = whole[0] if whole else None
         scores = {k: kept[part][k] for k in ('n', 'exact_match', 'cer')} if part else {}
-        return dict(run=r.job.name, state=r.state, **{k: short_value(r.job.params[k]) if k in r.job.params else '' for k in keys}, part=part or '', **scores)
+        settings = {k: short_value(r.job.params[k]) if k in r.job.params else '' for k in keys}
+        return dict(run=r.job.name, state=r.state, **settings, part=part or '', **scores)
     return pd.DataFrame([line(r) for r in rows.values()])
 
 def results_text(table:pd.DataFrame) -> str:
@@ -44,7 +48,8 @@ def plot_results(table:pd.DataFrame, # as `results` makes it
                  ax=None):
     "Exact match of each run; runs that differ by their seed alone share a line, with their mean."
     done = table[table.get('exact_match', pd.Series(index=table.index, dtype=float)).notna()]
-    arms = [re.sub(rf'-{s}$', '', r) if s != '' else r for r, s in zip(done.run, done.seed if 'seed' in done else [''] * len(done))]
+    seeds = done.seed if 'seed' in done else [''] * len(done)
+    arms = [re.sub(rf'-{s}$', '', r) if s != '' else r for r, s in zip(done.run, seeds)]
     rows = dict.fromkeys(arms)
     ax = ax or plt.subplots(figsize=(7, .9 + .28 * max(1, len(rows))))[1]
     for y, a in enumerate(rows):
@@ -52,10 +57,13 @@ def plot_results(table:pd.DataFrame, # as `results` makes it
         ax.plot([0, x.mean()], [y, y], color='0.85', lw=1, zorder=1)
         if len(x) > 1: ax.plot(x.mean(), y, '|', ms=12, mew=2, color='0.15', zorder=3)
         ax.scatter(x, np.full(len(x), y), s=26, color=INIT_COLOURS[2], edgecolor='0.15', lw=.6, zorder=2)
-        ax.annotate(pct(x.mean() / 100), (1, y), (6, 0), ('axes fraction', 'data'), 'offset points', va='center', fontsize=8, annotation_clip=False)
+        ax.annotate(pct(x.mean() / 100), (1, y), (6, 0), ('axes fraction', 'data'), 'offset points', va='center',
+                    fontsize=8, annotation_clip=False)
     tracks = '/'.join(f'{n:.0f}' for n in dict.fromkeys(done.n)) if len(done) else '0'
     part = ' and '.join(dict.fromkeys(done.part)) if len(done) else ''
-    ax.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - .5, -.5), xlabel=f'exact match (%), n = {tracks} tracks, {part or "none finished"}' + (' (bar: mean over seeds)' if len(done) > len(rows) else ''))
+    bar = ' (bar: mean over seeds)' if len(done) > len(rows) else ''
+    ax.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - .5, -.5),
+           xlabel=f'exact match (%), n = {tracks} tracks, {part or "none finished"}{bar}')
     ax.set_xlim(left=-.5)
     ax.grid(axis='y', visible=False)
     return ax

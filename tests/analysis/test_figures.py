@@ -89,6 +89,10 @@ def test_a_start_has_a_colour_and_a_control_a_dash():
     assert s[ARMS[0]]['color'] == s[ARMS[1]]['color'] != s[ARMS[2]]['color']
     assert not {c['color'] for c in s.values()} & {c for _, c in TERM_STYLES.values()}
 
+def test_an_arm_is_no_control_because_its_name_holds_the_word():
+    s = arm_styles(['no_control_term', 'random init, control', 'random init, control, seed 1', 'my control'])
+    assert [k['linestyle'] for k in s.values()] == ['-', '--', '--', '-']
+
 def test_arms_stand_in_order_with_intervals():
     ax = plot_arms(pd.DataFrame(dict(arm=ARMS, tracks=500, exact_match=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75])))
     assert [t.get_text() for t in ax.get_yticklabels()] == ARMS and 'n = 500' in ax.get_xlabel() and '%' in ax.get_xlabel()
