@@ -18,7 +18,8 @@ from ..decoding import PlateReading, constrained, log_softmax, reading_of
 from ..metrics import Prediction, confidence_gap, exact_match, wilson
 from ..data.icpr import FRAMES, Index, Track, index_data
 from ..data.pack import fit
-from .recogniser import Reader, one_line, load_image
+from .images import load_image
+from .recogniser import Reader, one_line
 
 # %% ../../nbs/reader/74_submit.ipynb #31d03a9d
 _LINE, _NUMBER = re.compile(r'([^,;]+),([^,;]*);([^,;]*)'), re.compile(r'\d+(\.\d*)?([eE][+-]?\d+)?')
@@ -152,7 +153,6 @@ def _read(readers:list[Reader], tracks:list[Track], batch:int) -> tuple[_Rows, l
             bar.update(len(some))
     return rows, left_out, silent
 
-
 # %% ../../nbs/reader/74_submit.ipynb #77c8eb48
 def _told(out, rows, readers, known, partly) -> str: # what was written; and how good it is, where the texts are known
     layouts = Counter(layout_of(text) for _, text, _ in rows)
@@ -188,4 +188,3 @@ def submit(folder:str|Path,                   # with the test tracks
         if faults := _faults(tmp, tracks): raise KdocrError('\n'.join(f'{out}: not written, {f}' for f in faults))
     print(_told(out, rows, readers, found.test, len(left_out)))
     return out
-

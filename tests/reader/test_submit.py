@@ -14,7 +14,8 @@ from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.decoding import log_softmax
 from kdocr.data.icpr import index_data
-from kdocr.reader.recogniser import Network, Reader, load_image
+from kdocr.reader.images import load_image
+from kdocr.reader.recogniser import Network, Reader
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import describe, save_checkpoint
 from kdocr.reader.submit import (_agree, _asked_tracks, check_submission, _submission_line, read_together, submit,
@@ -230,7 +231,7 @@ def test_frames_that_cannot_be_read(competition, tmp_path, capsys):
     (competition/'test/track_20001/lr-002.jpg').write_bytes(b'no picture')
     (competition/'test/track_20001/lr-004.jpg').unlink()
     submit(competition, [ckpt], out)
-    assert 'track_20001: 3 of 5 frames can be read (lr-002.jpg: no picture' in (err := capsys.readouterr().err) and '1 missing' in err
+    assert 'track_20001: 3 of 5 frames can be read (lr-002.jpg: not an image' in (err := capsys.readouterr().err) and '1 missing' in err
     whole = [[load_image(p).pixels for p in _asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg']]
     r = read_together([Reader.load(ckpt)], whole)[0]
     assert lines(out)[0] == _submission_line('track_20001', r.text, r.confidence)
