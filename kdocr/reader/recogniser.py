@@ -223,7 +223,7 @@ class Reader:
             raise KdocrError(f'{self.net.path}: trained on single frames, which attention cannot fuse; '
                              'use frames sum or vote')
         if decoder != 'constrained' and layout not in ('auto', 'free'):
-            raise KdocrError(f'layout {layout!r}: the decoder {decoder} reads anything; use decoder constrained with it')
+            raise KdocrError(f'layout {layout!r}: the decoder {decoder} reads anything; use decoder constrained')
         if not 0 <= tta_below <= 1:
             raise KdocrError(f'tta_below {tta_below}: a confidence is from 0 (no plate is read again) to 1 (all are)')
         if own is None: own = spellable(self.charset.chars)
@@ -290,7 +290,8 @@ class Reader:
     def _voted(self, each, options): # each: (f,t,c) per plate
         x, owner = self._calibrated(np.concatenate(each), 1), np.repeat(np.arange(len(each)), [len(e) for e in each])
         def by_plate(readings): return [[r for r, o in zip(readings, owner) if o == i] for i in range(len(each))]
-        texts = [vote_frames([r.text for r in rs], [r.confidence for r in rs]) for rs in by_plate(self._texts(x, options))]
+        alone = by_plate(self._texts(x, options))
+        texts = [vote_frames([r.text for r in rs], [r.confidence for r in rs]) for rs in alone]
         readings = reading_of(x, [texts[o] for o in owner], self.charset, options.layout)
         return [average_views(rs) for rs in by_plate(readings)]
 

@@ -18,8 +18,7 @@ from kdocr.reader.images import load_image
 from kdocr.reader.recogniser import Network, Reader
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import describe, save_checkpoint
-from kdocr.reader.submit import (_agree, _asked_tracks, check_submission, _submission_line, read_together, submit,
-                                 write_submission)
+from kdocr.reader.submit import _agree, _asked, _submission_line, _written, _zip, check_submission, read_together, submit
 
 KEYS = ['track_20001', 'track_20002', 'track_20003']
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent.parent.parent/'shared/data/plates_br'
@@ -43,6 +42,14 @@ def packed(path, text=GOOD, name='submission.txt', **more):
 
 def lines(path):
     with zipfile.ZipFile(path) as z: return z.read(z.namelist()[0]).decode().splitlines()
+
+
+def write_submission(out, rows):
+    with _written(out) as tmp: _zip(tmp, out.stem, rows)
+    return out
+
+
+def _asked_tracks(folder): return _asked(folder)[1]
 
 
 def faults(path, folder): return [f.removeprefix(f'{path}: ') for f in check_submission(path, folder)]
@@ -85,7 +92,7 @@ def test_what_is_accepted(competition, tmp_path, text):
 
 @pytest.mark.parametrize('old, new, said', [
     ('track_20002,ABC1D23;0.5000\n', '', ['track_20002: missing']),
-    ('track_20002', 'track_20001', ['line 2: track_20001: a second time, it stands on line 1 already', 'track_20002: missing']),
+    ('track_20002', 'track_20001', ['line 2: track_20001: a second time, it is on line 1 already', 'track_20002: missing']),
     ('track_20002', 'track_2', ['line 2: track_2: no such track', 'track_20002: missing']),
     ('track_20002,ABC1D23', 'track_20002,ABC1D2', ["line 2: track_20002: 'ABC1D2' is no plate"]),
     ('track_20002,ABC1D23', 'track_20002,ABC1D234', ["line 2: track_20002: 'ABC1D234' is no plate"]),
@@ -109,9 +116,9 @@ def test_lines(competition, tmp_path, old, new, said):
     (lambda p: packed(p, name='s.csv'), 's.csv in it; asked is a .txt, and in no folder'), (lambda p: packed(p, name='mine/s.txt'), 'mine/s.txt in it; asked is a .txt, and in no folder'), (lambda p: packed(p, name='../s.txt'), 'in no folder'),
     (lambda p: packed(p, **{'b.txt': GOOD}), '2 files in it (submission.txt, b.txt)'),
     (lambda p: packed(p, **{'__MACOSX/._submission.txt': 'x'}), '2 files in it'),
-    (lambda p: p.write_text(GOOD), 'no zip, or a damaged one'), (lambda p: p.write_bytes(b''), 'no zip'),
-    (lambda p: p.write_bytes(packed(p).read_bytes()[:-30]), 'no zip, or a damaged one'),
-    (lambda p: p.write_bytes(packed(p).read_bytes().replace(b'ABC1D23', b'ABC1D24')), 'no zip, or a damaged one'), # its check sum tells
+    (lambda p: p.write_text(GOOD), 'no zip, or a damaged or encrypted one'), (lambda p: p.write_bytes(b''), 'no zip'),
+    (lambda p: p.write_bytes(packed(p).read_bytes()[:-30]), 'no zip, or a damaged or encrypted one'),
+    (lambda p: p.write_bytes(packed(p).read_bytes().replace(b'ABC1D23', b'ABC1D24')), 'no zip, or a damaged or encrypted one'), # its check sum tells
     (lambda p: packed(p, '\ufeff' + GOOD), 'line 1: a character that no plate has (byte 0xef)'),
     (lambda p: packed(p, GOOD.replace('20002,A', '20002,Á')), 'line 2: a character that no plate has (byte 0xc3)'),
     (lambda p: packed(p, GOOD.replace('20003', '2000\x1b')), 'line 3: a character that no plate has (byte 0x1b)'), (lambda p: packed(p, GOOD.encode('utf-16-le')), 'line 1: a character that no plate has (byte 0x00)'),
@@ -130,7 +137,7 @@ def test_whatever_packed_it(competition, tmp_path, how):
     raw = bytearray(path.read_bytes())
     for i in range(45, 60): raw[i] ^= 0x5a # behind the head
     path.write_bytes(raw)
-    assert faults(path, competition) == ['no zip, or a damaged one']
+    assert faults(path, competition) == ['no zip, or a damaged or encrypted one']
 
 
 def test_a_text_that_fills_the_memory_is_not_unpacked(competition, tmp_path):
@@ -188,7 +195,7 @@ def test_what_cannot_be_averaged(competition, tmp_path, capsys):
         b = checkpoint(tmp_path/f'b{i}.pth', **values)
         with pytest.raises(KdocrError, match=rf'b{i}\.pth and .*a\.pth cannot be averaged: {said}'): _agree({str(p): Reader.load(p) for p in (a, b)})
         assert main(['submit', str(competition), '--ckpt', str(a), str(b), '--out', str(tmp_path/'s.zip')]) == 2 and not (tmp_path/'s.zip').exists()
-    with pytest.raises(KdocrError, match='words.pth: it reads no plates, 0123456789.* are not in its charset'): submit(competition, [checkpoint(tmp_path/'words.pth', charset='abc')])
+    with pytest.raises(KdocrError, match='words.pth: cannot read plates, 0123456789.* are not in its charset'): submit(competition, [checkpoint(tmp_path/'words.pth', charset='abc')])
     _agree({str(p): Reader.load(p) for p in (a, checkpoint(tmp_path/'higher.pth', height=48))}) # another height has the same steps
 
 
