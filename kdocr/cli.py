@@ -136,7 +136,7 @@ def _runs(a):
 # %% ../nbs/80_cli.ipynb #7117b38d
 _RUNS = (
     _Command(_run, 'run a notebook headless; it is kept in the run folder, also on failure', [
-        arg('notebook', metavar='NOTEBOOK', help='a path, or the name of a shipped one: train_kd, sweep, ablate_taps, reader, photographs_reader; explore, feature_alignment, loss_curves, errors, recipes, frames, peers, unseen, benchmark'),
+        arg('notebook', metavar='NOTEBOOK', help='a path, or the name of a shipped one: train_kd, sweep, ablate_taps, reader; explore, feature_alignment, loss_curves, errors, recipes, frames, peers, unseen, benchmark'),
         arg('-p', nargs=2, action='append', default=[], metavar=('KEY', 'VALUE'), help='set a parameter; give it again for the next one'),
         arg('--timeout', type=seconds, metavar='SECONDS', help='interrupt it after that long, as Ctrl-C does; a training saves a checkpoint first'),
         arg('--parameters', action='store_true', help='only list the parameters and their defaults')],

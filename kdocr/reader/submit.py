@@ -45,7 +45,8 @@ def _asked(folder:str|Path) -> tuple[Index, list[Track]]: # and the tracks that 
     blind = not found.asked and all(t.text is None for t in found.seen)
     tracks = sorted(found.seen if blind else found.asked, key=lambda t: t.key)
     if not tracks:
-        raise KdocrError(f'{folder}: no test tracks in it (expected test/track_*/lr-001.*, or tracks without annotations)')
+        raise KdocrError(f'{folder}: no test tracks in it (expected test/track_*/lr-001.*, '
+                         'or tracks without annotations)')
     twice = [a.key for a, b in zip(tracks, tracks[1:]) if a.key == b.key]
     if twice: raise KdocrError(f'{folder}: two tracks are called {twice[0]}')
     return found, tracks
@@ -56,7 +57,8 @@ _MOST = 4 << 20 # bytes of the text: 3,000 lines need 90 kB
 def _entry_fault(inside:list[zipfile.ZipInfo]) -> str: # '' where it is one text
     names = one_line(', '.join(i.filename for i in inside[:4])) + ', ...'*(len(inside) > 4)
     if len(inside) != 1: return f'{len(inside)} files in it ({names or "none"}); asked is one, a .txt'
-    if not re.fullmatch(r'[^/\\]+\.txt', names, re.IGNORECASE): return f'{names} in it; asked is a .txt, and in no folder'
+    if not re.fullmatch(r'[^/\\]+\.txt', names, re.IGNORECASE):
+        return f'{names} in it; asked is a .txt, and in no folder'
     return f'{names}: {inside[0].file_size:,} bytes are no submission' if inside[0].file_size > _MOST else ''
 
 def _text(path:Path) -> tuple[str, str]: # the text; a fault of the file
@@ -185,8 +187,9 @@ def submit(folder:str|Path,                   # with the test tracks
         rows, remarks, unread = _read(list(readers.values()), tracks, batch)
         for remark in remarks: print(one_line(f'kdocr: {remark}'), file=sys.stderr)
         if unread and not allow_unreadable:
+            line = _submission_line('track_...', _NOTHING, 0)
             raise KdocrError(f'{out}: not written, {unread} of {len(tracks):,} tracks cannot be read at all (see above); '
-                             f'--allow-unreadable gives them the line {_submission_line("track_...", _NOTHING, 0)}')
+                             f'--allow-unreadable gives them the line {line}')
         _zip(tmp, out.stem, rows)
         faults = _faults(tmp, tracks)
         if faults: raise KdocrError('\n'.join(f'{out}: not written, {f}' for f in faults))
