@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PlateImage', 'load_image', 'PlateInput', 'printable', 'find_plates']
 
-# %% ../../nbs/reader/70_images.ipynb #67918e8c
+# %% ../../nbs/reader/70_images.ipynb #815cee38
 import os, re, warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from ..core import KdocrError
 from ..data.icpr import FRAMES, damage_of, read_rows
 
-# %% ../../nbs/reader/70_images.ipynb #6b4012de
+# %% ../../nbs/reader/70_images.ipynb #b2230927
 class PlateImage(NamedTuple):
     "A decoded image."
     pixels:np.ndarray     # (h,w,3) uint8 RGB
@@ -37,7 +37,7 @@ def _to_rgb(im) -> np.ndarray: # PIL -> (h,w,3) uint8
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return np.asarray(im.convert('RGB'))
 
-# %% ../../nbs/reader/70_images.ipynb #500c15f6
+# %% ../../nbs/reader/70_images.ipynb #a2281e86
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP', 'JPEG2000')
 _LARGEST = 50_000_000 # pixels
 _TOO_LARGE = f'more than {_LARGEST/1e6:.0f} million pixels are not decoded: cut out the plate'
@@ -57,19 +57,17 @@ def _from_pil(im) -> PlateImage:
     return PlateImage(_to_rgb(im.transpose(Image.Transpose[turn])), (*notes, 'turned as its EXIF says'))
 
 def _from_file(path) -> PlateImage:
-    if not os.fspath(path): raise KdocrError('an empty path')
     p = Path(path)
-    if p.is_dir(): raise KdocrError('a folder')
-    if not p.exists(): raise KdocrError('no such file')
+    size = p.stat().st_size
     if not p.is_file(): raise KdocrError('not a regular file')
-    if not p.stat().st_size: raise KdocrError('empty file (0 bytes)')
+    if not size: raise KdocrError('empty file (0 bytes)')
     with Image.open(p, formats=_FORMATS) as im:
         _check_size(im.height, im.width)
         damage = damage_of(p.read_bytes()) if im.format == 'PNG' else None
         if damage: raise KdocrError(damage)
         return _from_pil(im)
 
-# %% ../../nbs/reader/70_images.ipynb #294ff46a
+# %% ../../nbs/reader/70_images.ipynb #37bad3fa
 def _from_array(x) -> PlateImage:
     if x.dtype == bool: x = x.astype(float)
     if x.dtype.kind != 'f' and x.dtype not in ('u1', '<u2', '>u2'):
@@ -99,7 +97,7 @@ def load_image(source # a path, a PIL image, or an array: (h,w) grey, (h,w,3) RG
     except OSError as e: raise KdocrError(e.strerror or f'damaged: {e}') from None
     except Exception as e: raise KdocrError(f'damaged: {type(e).__name__}: {e}') from None
 
-# %% ../../nbs/reader/70_images.ipynb #f5487759
+# %% ../../nbs/reader/70_images.ipynb #6b1c57ff
 _SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.ppm', '.pgm', '.tif', '.tiff', '.webp', '.jp2'}
 _FRAME = re.compile(r'(lr|hr)-0*(\d+)(\.\w+)', re.IGNORECASE)
 
@@ -114,18 +112,18 @@ def printable(path) -> str:
     return os.fsencode(path).decode('utf-8', 'replace')
 
 def _track(folder:str, names:list[str]) -> PlateInput|None: # None where the folder is no track
-    found = [(m[1].lower(), int(m[2]), m[0]) for m in map(_FRAME.fullmatch, names) if m and m[3].lower() in _SUFFIXES]
+    found = [m for m in map(_FRAME.fullmatch, names) if m and m[3].lower() in _SUFFIXES]
     if not found and not Path(folder).name.lower().startswith('track_'): return None
-    kind = 'hr' if {k for k, _, _ in found} == {'hr'} else 'lr'
+    kind = 'hr' if {m[1].lower() for m in found} == {'hr'} else 'lr'
     frames, twice = {}, []
-    for k, i, name in found:
-        if k != kind: continue
-        if i in frames: twice.append(f'{printable(name)}: frame {i} is also there as {printable(frames[i])}')
-        else: frames[i] = name
+    for m in found:
+        if m[1].lower() != kind: continue
+        first = frames.setdefault(int(m[2]), m[0])
+        if first != m[0]: twice.append(f'{printable(m[0])}: frame {m[2]} is also there as {printable(first)}')
     gone = [f'{kind}-{i:03d}: missing' for i in range(1, FRAMES + 1) if i not in frames]
     return PlateInput(printable(folder), [os.path.join(folder, frames[i]) for i in sorted(frames)], (*gone, *twice))
 
-# %% ../../nbs/reader/70_images.ipynb #34f4328c
+# %% ../../nbs/reader/70_images.ipynb #5812d701
 def _walk(folder:str, above:tuple[str, ...]=() # real paths of the folders that led here
          ) -> Iterator[PlateInput]:
     real = os.path.realpath(folder)
@@ -159,7 +157,7 @@ def _listed(path) -> Iterator[PlateInput]: # rows of a CSV
         tracks.setdefault(row['track'] or where or f'{printable(path)}:{line}', []).extend([where] if file else [])
     yield from map(PlateInput, tracks, tracks.values())
 
-# %% ../../nbs/reader/70_images.ipynb #970a8776
+# %% ../../nbs/reader/70_images.ipynb #afea51fe
 def _several(x) -> bool: # whether it is a list, or an array of images
     return isinstance(x, (list, tuple)) and not isinstance(x, PlateInput) or isinstance(x, np.ndarray) and x.ndim > 3
 

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from itertools import islice
-from math import ceil, inf
+from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 import numpy as np
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from ..core import KdocrError, atomic_write, nearest, progress
 from ..charset import Charset, layout_of, spellable
 from ..decoding import (DECODERS, PlateReading, average_views, decode, grammar, log_softmax, sum_frames,
@@ -31,17 +32,23 @@ class Network(NamedTuple):
     about:dict   # charset, height, width, frames, model_type; temperature(s) and layouts where they are known
     path:str
 
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+class _About(BaseModel, strict=True): # other keys are ignored
+    charset:str
+    height:PositiveInt
+    width:PositiveInt
+    frames:PositiveInt
+    temperature:_Positive = 1.
+    temperatures:list[_Positive]|None = None # by number of frames
+    layouts:str|list[str]|None = None
+
 def _checked(path, about:dict) -> dict:
     "Return the description. Raises `KdocrError` naming what is wrong with it."
-    def positive(x): return type(x) in (int, float) and 0 < x < inf
-    each, own = about.get('temperatures') or [], about.get('layouts')
-    right = dict(charset=isinstance(about.get('charset'), str))
-    right |= {k: type(about.get(k)) is int and about[k] > 0 for k in ('height', 'width', 'frames')}
-    right['temperature'] = isinstance(each, list) and all(map(positive, [about.get('temperature', 1.), *each]))
-    right['layouts'] = own is None or isinstance(own, (str, list)) and all(isinstance(x, str) for x in own)
-    wrong = [k for k, ok in right.items() if not ok]
-    if wrong: raise KdocrError(f'{path}: incomplete description of the network: {", ".join(wrong)}')
-    try: Charset(about['charset'])
+    try: Charset(_About(**about).charset)
+    except ValidationError as e:
+        wrong = dict.fromkeys(str(fault['loc'][0]) for fault in e.errors())
+        raise KdocrError(f'{path}: incomplete description of the network: {", ".join(wrong)}') from None
     except KdocrError as e: raise KdocrError(f'{path}: {e}') from None
     return about
 
@@ -148,6 +155,11 @@ class Record:
     notes:tuple[str, ...]=()             # remarks on the images
     error:str=''                         # why nothing could be read
 
+    def with_reading(self, reading:PlateReading) -> 'Record':
+        text, confidence, chars = reading
+        layout = layout_of(text) or ''
+        return replace(self, text=text, confidence=confidence, char_confidence=chars, layout=layout)
+
     def __str__(self):
         remarks = '; '.join(x for x in (self.error, *self.missing, *self.notes) if x)
         columns = f'{self.text or "-":<9} {self.confidence:6.1%}  {self.layout or "-":<9} {self.frames:>2}  {self.path}'
@@ -180,21 +192,20 @@ def _run_frames(net:Network, x:np.ndarray # (n,f,H,W,3) uint8
     scaled = ((part/np.float32(127.5) - 1).transpose(0, 1, 4, 2, 3) for part in parts)
     return log_softmax(np.concatenate([net.run(np.ascontiguousarray(part)) for part in scaled]))
 
-def _fuse_vote(net, plates): # (f,t,c) per plate: each frame alone; the vote is taken on their texts
-    alone = _run_frames(net, np.concatenate(plates)[:, None])
-    return np.split(alone, np.cumsum([len(p) for p in plates])[:-1])
+_FUSION = ('sum', 'vote', 'attention')
 
-def _fuse_sum(net, plates): # (t,c) per plate
-    return [sum_frames(x) for x in _fuse_vote(net, plates)]
-
-def _fuse_attention(net, plates): # (t,c) per plate
-    fused = [None]*len(plates)
+def _fuse(net:Network, plates:list[np.ndarray], # (f,H,W,3) uint8 each
+          frames:str                            # a name in `_FUSION`
+         ) -> list[np.ndarray]:                 # (t,c) per plate; for a vote (f,t,c)
+    if frames != 'attention':
+        alone = _run_frames(net, np.concatenate(plates)[:, None])
+        alone = np.split(alone, np.cumsum([len(p) for p in plates])[:-1])
+        return alone if frames == 'vote' else [sum_frames(x) for x in alone]
+    fused = {}
     for f in {len(p) for p in plates}:
         rows = [i for i, p in enumerate(plates) if len(p) == f]
-        for i, x in zip(rows, _run_frames(net, np.stack([plates[i] for i in rows]))): fused[i] = x
-    return fused
-
-_FUSION = {'sum': _fuse_sum, 'vote': _fuse_vote, 'attention': _fuse_attention} # of plates (f,H,W,3)
+        fused |= zip(rows, _run_frames(net, np.stack([plates[i] for i in rows])))
+    return [fused[i] for i in range(len(plates))]
 
 # %% ../../nbs/reader/71_recogniser.ipynb #0016
 class Reader:
@@ -237,6 +248,21 @@ class Reader:
         elif decoder == 'constrained': decoder = 'beam'
         return ReadOptions(decoder, layout if decoder == 'constrained' else '', frames, tta_below)
 
+    def open(self, plate:PlateInput) -> tuple[list[np.ndarray], Record]:
+        "Return the frames (H,W,3) that can be read, of the network's size, and the record so far."
+        frames, missing, notes, error = [], [*plate.missing], {}, 'no frames'
+        for i, source in enumerate(plate.frames, 1):
+            try: pixels, remarks = load_image(source)
+            except KdocrError as e:
+                error, is_file = str(e), isinstance(source, (str, os.PathLike))
+                missing.append(f'{printable(os.path.basename(source)) if is_file else f"frame {i}"}: {error}')
+                continue
+            frames.append(fit(pixels, self.about['height'], self.about['width']))
+            notes |= dict.fromkeys(remarks)
+        if frames: return frames, Record(plate.name, frames=len(frames), missing=tuple(missing), notes=tuple(notes))
+        several = plate.missing or len(plate.frames) > 1 # of a single image the record's name says which it was
+        return frames, Record(plate.name, error='; '.join(missing) if several else error)
+
     def log_probs(self, plates:list[np.ndarray], # (f,H,W,3) uint8 each, of the network's size
                   frames:str                     # sum or attention
                  ) -> np.ndarray:                # (b,t,c)
@@ -276,7 +302,7 @@ class Reader:
         return list(self.stream(images, decoder, layout, frames, batch, tta_below))
 
     def _view(self, plates, frames, by=TTA_SHIFTS[0]): # log-probabilities of each plate, shifted
-        return _FUSION[frames](self.net, [_shifted(p, *by) for p in plates])
+        return _fuse(self.net, [_shifted(p, *by) for p in plates], frames)
 
     def _mean_view(self, plates, frames, first): # of all shifts; `first` is the view without one
         views = [first, *(self._view(plates, frames, by) for by in TTA_SHIFTS[1:])]
@@ -289,40 +315,19 @@ class Reader:
         return reading_of(log_probs, texts, self.charset, options.layout)
 
     def _decoded(self, log_probs, plates, options) -> list[PlateReading]:
-        if options.frames == 'vote': return self._voted(log_probs, options)
+        if options.frames == 'vote': return [self._voted(x, options) for x in log_probs]
         return self._texts(np.stack([self._calibrated(x, len(p)) for x, p in zip(log_probs, plates)]), options)
 
-    def _voted(self, each, options): # each: (f,t,c) per plate
-        x, owner = self._calibrated(np.concatenate(each), 1), np.repeat(np.arange(len(each)), [len(e) for e in each])
-        def by_plate(readings): return [[r for r, o in zip(readings, owner) if o == i] for i in range(len(each))]
-        alone = by_plate(self._texts(x, options))
-        texts = [vote_frames([r.text for r in rs], [r.confidence for r in rs]) for rs in alone]
-        readings = reading_of(x, [texts[o] for o in owner], self.charset, options.layout)
-        return [average_views(rs) for rs in by_plate(readings)]
+    def _voted(self, log_probs, options) -> PlateReading: # log_probs: (f,t,c) of one plate
+        x = self._calibrated(log_probs, 1)
+        alone = self._texts(x, options)
+        text = vote_frames([r.text for r in alone], [r.confidence for r in alone])
+        return average_views(reading_of(x, [text]*len(x), self.charset, options.layout))
 
     def _records(self, some:list[PlateInput], options:ReadOptions) -> Iterator[Record]:
-        opened = [_open(plate, self.about['height'], self.about['width']) for plate in some]
+        opened = [self.open(plate) for plate in some]
         readings = iter(self.readings([np.stack(x) for x, _ in opened if x], options))
-        for frames, record in opened:
-            if frames:
-                text, confidence, chars = next(readings)
-                record = replace(record, text=text, confidence=confidence, char_confidence=chars,
-                                 layout=layout_of(text) or '')
-            yield record
-
-def _open(plate:PlateInput, height, width) -> tuple[list, Record]: # frames (H,W,3) uint8, and the record so far
-    frames, missing, notes, error = [], [*plate.missing], {}, 'no frames'
-    for i, source in enumerate(plate.frames, 1):
-        try: pixels, remarks = load_image(source)
-        except KdocrError as e:
-            error, is_file = str(e), isinstance(source, (str, os.PathLike))
-            missing.append(f'{printable(os.path.basename(source)) if is_file else f"frame {i}"}: {error}')
-            continue
-        frames.append(fit(pixels, height, width))
-        notes |= dict.fromkeys(remarks)
-    if frames: return frames, Record(plate.name, frames=len(frames), missing=tuple(missing), notes=tuple(notes))
-    several = plate.missing or len(plate.frames) > 1 # of a single image the record's name says which it was
-    return frames, Record(plate.name, error='; '.join(missing) if several else error)
+        for frames, record in opened: yield record.with_reading(next(readings)) if frames else record
 
 # %% ../../nbs/reader/71_recogniser.ipynb #0020
 _HEADS = {'table': f'{"text":<9} {"sure":>6}  {"layout":<9} fr  path', 'jsonl': '',

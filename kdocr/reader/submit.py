@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 from ..core import KdocrError, atomic_write, progress
 from ..charset import DEFAULT_CHARS, LAYOUTS, layout_of
-from ..decoding import PlateReading, constrained, log_softmax, reading_of
+from ..decoding import constrained, log_softmax, reading_of
 from ..metrics import Prediction, confidence_gap, exact_match, wilson
 from ..data.icpr import FRAMES, Index, Track, index_data
-from ..data.pack import fit
-from .images import load_image
-from .recogniser import Reader, one_line
+from .images import PlateInput
+from .recogniser import Reader, Record, one_line
 
 # %% ../../nbs/reader/74_submit.ipynb #31d03a9d
 _Rows = Sequence[tuple[str, str, float]] # track, text, confidence
@@ -124,38 +123,27 @@ def _agree(readers:dict[str, Reader]): # by file
             if value != its[what]:
                 raise KdocrError(f'{other} and {name} cannot be averaged: {what} {its[what]!r} and {value!r}')
 
-def read_together(readers:list[Reader],           # that agree in characters and time steps
-                  tracks:list[list[np.ndarray]]   # frames (h,w,3) uint8 RGB of each track
-                 ) -> list[PlateReading]:
+def read_together(readers:list[Reader],     # that agree in characters and time steps
+                  tracks:list[PlateInput]
+                 ) -> list[Record]:
     "Return the most probable plate of each track by the mean of the readers' log-probabilities."
-    def log_probs(r): # (b,t,c), over all shifts: a submission has the time
-        plates = [np.stack([fit(p, r.about['height'], r.about['width']) for p in t]) for t in tracks]
-        return r.log_probs(plates, r.resolve_options().frames)
-    mean, charset = log_softmax(np.mean([log_probs(r) for r in readers], 0)), readers[0].charset
-    return reading_of(mean, constrained(mean, charset, 'either'), charset, 'either')
+    opened = [[r.open(t) for t in tracks] for r in readers] # each reader's own size
+    records, whole = [record for _, record in opened[0]], [i for i, (frames, _) in enumerate(opened[0]) if frames]
+    if not whole: return records
+    each = [r.log_probs([np.stack(own[i][0]) for i in whole], r.resolve_options().frames)
+            for r, own in zip(readers, opened)]
+    mean, charset = log_softmax(np.mean(each, 0)), readers[0].charset # (b,t,c)
+    for i, reading in zip(whole, reading_of(mean, constrained(mean, charset, 'either'), charset, 'either')):
+        records[i] = records[i].with_reading(reading)
+    return records
 
 # %% ../../nbs/reader/74_submit.ipynb #c2ac32ff
 _NOTHING = 'AAA0000'  # text of a track that cannot be read, with confidence 0
 
-def _frames(track:Track) -> tuple[list[np.ndarray], str]: # those that can be read, and a remark on the others
-    good, bad = [], []
-    for p in track.lr:
-        try: good.append(load_image(p).pixels)
-        except KdocrError as e: bad.append(f'{p.name}: {e}')
-    if len(track.lr) < FRAMES: bad.append(f'{FRAMES - len(track.lr)} missing')
-    remark = f'{track.folder}: {len(good) or "none"} of {FRAMES} frames can be read ({"; ".join(bad)})'
-    return good, remark*bool(bad)
-
-def _read(readers:list[Reader], tracks:list[Track], batch:int) -> tuple[_Rows, list[str], int]: # remarks, unread tracks
-    rows, remarks, unread = [], [], 0
-    for i in progress(range(0, len(tracks), batch), desc='reading', disable=len(tracks) <= batch):
-        some = [(t.key, *_frames(t)) for t in tracks[i:i + batch]]
-        seen = [frames for _, frames, _ in some if frames]
-        readings = iter(read_together(readers, seen) if seen else ())
-        rows += [(key, *(next(readings)[:2] if frames else (_NOTHING, 0.))) for key, frames, _ in some]
-        remarks += [remark for *_, remark in some if remark]
-        unread += len(some) - len(seen)
-    return rows, remarks, unread
+def _read(readers:list[Reader], tracks:list[Track], batch:int) -> list[Record]:
+    plates = [PlateInput(str(t.folder), t.lr, (f'{FRAMES - len(t.lr)} missing',)*(len(t.lr) < FRAMES)) for t in tracks]
+    steps = progress(range(0, len(plates), batch), desc='reading', disable=len(plates) <= batch)
+    return [record for i in steps for record in read_together(readers, plates[i:i + batch])]
 
 def _summary(out, rows, readers, known, partly) -> str: # known: tracks; partly: how many lack frames
     layouts = ', '.join(f'{n:,} {k}' for k, n in sorted(Counter(layout_of(text) for _, text, _ in rows).items()))
@@ -184,14 +172,18 @@ def submit(folder:str|Path,                   # with the test tracks
     if len(readers) < len(names): raise KdocrError(f'{Counter(names).most_common(1)[0][0]}: given twice')
     _agree(readers)
     with _written(out) as tmp:
-        rows, remarks, unread = _read(list(readers.values()), tracks, batch)
-        for remark in remarks: print(one_line(f'kdocr: {remark}'), file=sys.stderr)
+        records = _read(list(readers.values()), tracks, batch)
+        partly, unread = [r for r in records if r.error or r.missing], sum(not r.frames for r in records)
+        for r in partly:
+            remark = f'{r.frames or "none"} of {FRAMES} frames can be read ({r.error or "; ".join(r.missing)})'
+            print(one_line(f'kdocr: {r.path}: {remark}'), file=sys.stderr)
+        rows = [(t.key, r.text or _NOTHING, r.confidence) for t, r in zip(tracks, records)]
         if unread and not allow_unreadable:
             line = _submission_line('track_...', _NOTHING, 0)
-            raise KdocrError(f'{out}: not written, {unread} of {len(tracks):,} tracks cannot be read at all (see above); '
+            raise KdocrError(f'{out}: not written, {unread} of {len(tracks):,} tracks cannot be read at all; '
                              f'--allow-unreadable gives them the line {line}')
         _zip(tmp, out.stem, rows)
         faults = _faults(tmp, tracks)
         if faults: raise KdocrError('\n'.join(f'{out}: not written, {f}' for f in faults))
-    print(_summary(out, rows, readers, found.test, len(remarks)))
+    print(_summary(out, rows, readers, found.test, len(partly)))
     return out

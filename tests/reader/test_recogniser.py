@@ -121,7 +121,7 @@ BAD = {
     'one.png': (lambda p: Image.new('RGB', (1, 1)).save(p), '1x1 pixels'), 'line.png': (lambda p: Image.new('RGB', (300, 1)).save(p), '300x1 pixels'), 'float.tif': (lambda p: Image.new('F', (128, 32), 99.).save(p), 'outside of 0 to 1'),
     'huge.png': (lambda p: Image.new('1', (10_000, 10_000)).save(p), '10000x10000 pixels'), 'bomb.png': (lambda p: Image.new('1', (20_000, 10_000)).save(p), 'million'),
     'draw.png': (lambda p: p.write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'), 'not an image'), 'draw.svg.png': (lambda p: p.write_text('<svg xmlns="http://www.w3.org/2000/svg"/>'), 'not an image'),
-    'pipe.png': (lambda p: os.mkfifo(p), 'not a regular file'), 'gone.png': (lambda p: None, 'no such file'), 'x'*300 + '.png': (lambda p: None, ''),
+    'pipe.png': (lambda p: os.mkfifo(p), 'not a regular file'), 'gone.png': (lambda p: None, 'No such file'), 'x'*300 + '.png': (lambda p: None, ''),
 }
 
 @pytest.mark.parametrize('name', BAD, ids=lambda n: n[:12])
@@ -143,7 +143,7 @@ def test_a_damaged_pil_image_is_said(tmp_path):
     assert [r.error[:7] for r in READER.read([Image.open(tmp_path/'a.jpg'), bars()])] == ['damaged', '']
 
 @pytest.mark.parametrize('x, said', [(np.full((32, 128), 1.01), 'outside of 0 to 1'), (np.full((32, 128), -.01), 'outside of 0 to 1'), (np.full((32, 128), np.nan), 'outside of 0 to 1'), (np.zeros((32, 128), int), 'int64'), (np.zeros((5, 32, 128), np.uint8), 'shape'),
-                                     (np.zeros((32, 128, 2), np.uint8), 'shape'), (np.zeros((0, 0), np.uint8), '0x0'), (7, 'int is no image'), (None, 'NoneType'), (b'\x89PNG', 'bytes is no image'), ('', 'an empty path')])
+                                     (np.zeros((32, 128, 2), np.uint8), 'shape'), (np.zeros((0, 0), np.uint8), '0x0'), (7, 'int is no image'), (None, 'NoneType'), (b'\x89PNG', 'bytes is no image'), ('', 'not a regular file')])
 def test_what_is_no_picture_in_python(x, said): assert said in READER.read([x])[0].error
 
 
@@ -199,7 +199,7 @@ def test_a_csv_stands_for_what_it_lists(tmp_path):
     def read(text): (tmp_path/'x.csv').write_bytes(text.encode()); return [(r.path.removeprefix(f'{tmp_path}/'), r.text, r.frames, r.error or '; '.join(r.missing)) for r in READER.read(str(tmp_path/'x.csv'))]
     assert read('image,text\na.png,-\nnear.png,\n') == [('a.png', TEXT, 1, ''), ('near.png', 'XYZ9876', 1, '')]
     assert read('\ufeffhr,lr,text,track\r\nnear.png,far/ü 1.png,-,t\r\nnear.png,gone.png,-,t\r\nnear.png,far/2.png,-,\r\n,,-,\r\nnear.png,far/2.png,-,t\r\n') == [
-        ('t', TEXT, 2, 'gone.png: no such file'), ('far/2.png', TEXT, 1, ''), ('x.csv:5', '', 0, 'no frames')]
+        ('t', TEXT, 2, 'gone.png: No such file or directory'), ('far/2.png', TEXT, 1, ''), ('x.csv:5', '', 0, 'no frames')]
     assert read('hr;lr;text\n') == [('x.csv', '', 0, "its cells are divided by ';'; a comma is needed")] and 'needed are the columns' in read('a.png\n')[0][3] + read('text\n')[0][3]
 
 def test_an_empty_folder_is_said(tmp_path): assert READER.read(tmp_path)[0].error == 'no images in it'
@@ -442,11 +442,11 @@ def test_formats_agree(onnx_bars, tmp_path, capsys):
     for shape in ('table', 'jsonl', 'csv'):
         assert main(['read', str(a), str(b), '--ckpt', str(onnx_bars), '--format', shape]) == 1
         shown[shape], err = capsys.readouterr()
-        assert err == f'kdocr: {b}: no such file\n'
+        assert err == f'kdocr: {b}: No such file or directory\n'
     table, rows, lines = shown['table'].splitlines(), list(csv.DictReader(shown['csv'].splitlines())), [json.loads(l) for l in shown['jsonl'].splitlines()]
-    assert len(table) == 3 and TEXT in table[1] and str(a) in table[1] and 'no such file' in table[2]
+    assert len(table) == 3 and TEXT in table[1] and str(a) in table[1] and 'No such file' in table[2]
     assert [r['path'] for r in rows] == [l['path'] for l in lines] == [str(a), str(b)] and [r['text'] for r in rows] == [l['text'] for l in lines] == [TEXT, '']
-    assert float(rows[0]['confidence']) == lines[0]['confidence'] and lines[1]['error'] == rows[1]['error'] == 'no such file'
+    assert float(rows[0]['confidence']) == lines[0]['confidence'] and lines[1]['error'] == rows[1]['error'] == 'No such file or directory'
     assert main(['read', str(a), '--ckpt', str(onnx_bars), '--out', str(tmp_path/'x.jsonl')]) == 0 and json.loads((tmp_path/'x.jsonl').read_text())['text'] == TEXT
 
 @pytest.mark.parametrize('args, text', [(['--decoder', 'gredy'], "did you mean 'greedy'"), (['--frames', 'votes'], "did you mean 'vote'"), (['--format', 'json'], "did you mean 'jsonl'"), (['--layout', 'AAA0000'], "'A' is no place"),
@@ -488,9 +488,9 @@ def on_a_terminal(*args):
 def test_a_terminal_is_told_once(onnx_bars, tmp_path):
     asked = ['read', str(save(tmp_path/'a.png')), str(tmp_path/'gone.png'), '--ckpt', str(onnx_bars)]
     status, lines = on_a_terminal(*asked)
-    assert status == 1 and len(lines) == 3 and TEXT in lines[1] and lines[2].endswith('gone.png  (no such file)')
+    assert status == 1 and len(lines) == 3 and TEXT in lines[1] and lines[2].endswith('gone.png  (No such file or directory)')
     status, lines = on_a_terminal(*asked, '--format', 'jsonl') # which a person may not look through
-    assert status == 1 and len(lines) == 3 and lines[1] == f'kdocr: {tmp_path}/gone.png: no such file'
+    assert status == 1 and len(lines) == 3 and lines[1] == f'kdocr: {tmp_path}/gone.png: No such file or directory'
 
 def test_whoever_reads_us_may_have_enough(onnx_bars, tmp_path):
     "`| head -1` ends us quietly; a full disk does so in one line."
@@ -537,4 +537,4 @@ def test_the_frames_notebook(runs, tmp_path):
         assert 'No finished run' in shown and not (tmp_path/'out/figures').exists()
         return
     assert (tmp_path/'out/figures/frames.png').is_file() and (tmp_path/'out/figures/frames_reliability.pdf').is_file()
-    assert 'attention of five against one frame' in shown and 'constrained against greedy' in shown and 'damaged.png: ' in shown and 'lr-005.gone: no such file' in shown
+    assert 'attention of five against one frame' in shown and 'constrained against greedy' in shown and 'damaged.png: ' in shown and 'lr-005.gone: No such file' in shown

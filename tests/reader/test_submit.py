@@ -14,8 +14,8 @@ from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.decoding import log_softmax
 from kdocr.data.icpr import index_data
-from kdocr.reader.images import load_image
-from kdocr.reader.recogniser import Network, Reader
+from kdocr.reader.images import PlateInput, load_image
+from kdocr.reader.recogniser import Network, Reader, Record
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import describe, save_checkpoint
 from kdocr.reader.submit import _agree, _asked, _submission_line, _written, _zip, check_submission, read_together, submit
@@ -156,13 +156,13 @@ def test_the_commands_exit_status(competition, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- reading
-def frames_of(folder): return [[load_image(p).pixels for p in t.lr] for t in _asked_tracks(folder)]
+def frames_of(folder): return [PlateInput(t.key, t.lr) for t in _asked_tracks(folder)]
 
 
 def test_one_checkpoint_is_the_reader_itself(competition, tmp_path):
     for i, how in enumerate((dict(), dict(frames=5))):
         r = Reader.load(checkpoint(tmp_path/f'{i}.pth', seed=3, **how))
-        tracks = [*frames_of(competition), frames_of(competition)[0][:2]]  # of five frames and of two
+        tracks = [*frames_of(competition), PlateInput('two', frames_of(competition)[0].frames[:2])]  # of five frames and of two
         for got, want in zip(read_together([r], tracks), r.read(tracks, layout='either'), strict=True):
             assert got.text == want.text and got.confidence == pytest.approx(want.confidence, rel=1e-4)
 
@@ -170,7 +170,7 @@ def test_one_checkpoint_is_the_reader_itself(competition, tmp_path):
 def test_averaging_is_the_mean_of_log_probabilities(competition, tmp_path):
     readers = [Reader.load(checkpoint(tmp_path/f'{i}.pth', seed=i)) for i in range(2)]
     tracks = frames_of(competition)
-    assert [r[:2] for r in read_together([readers[0]] * 2, tracks)] == [(r.text, pytest.approx(r.confidence)) for r in read_together(readers[:1], tracks)]
+    assert [(r.text, r.confidence) for r in read_together([readers[0]] * 2, tracks)] == [(r.text, pytest.approx(r.confidence)) for r in read_together(readers[:1], tracks)]
 
     def says(x): return Reader(Network(lambda images: np.repeat(x, len(images), 0), dict(charset=Charset().chars, height=32, width=128, frames=2), 'it says what it is told'))
     rng = np.random.default_rng(0)
@@ -215,10 +215,10 @@ def test_submit(competition, tmp_path, capsys):
 
 
 def test_the_folder_is_walked_once_and_a_place_is_asked_for_first(competition, tmp_path, monkeypatch):
-    from kdocr.reader import submit as module
+    from kdocr.reader import recogniser, submit as module
     ckpt, walked, opened = checkpoint(tmp_path/'a.pth'), [], []
     monkeypatch.setattr(module, 'index_data', lambda f: (walked.append(f), index_data(f))[1])
-    monkeypatch.setattr(module, 'load_image', lambda p: (opened.append(p), load_image(p))[1])
+    monkeypatch.setattr(recogniser, 'load_image', lambda p: (opened.append(p), load_image(p))[1])
     submit(competition, [ckpt], tmp_path/'s.zip')
     assert walked == [competition] and len(opened) == 15
     (tmp_path/'file').touch()
@@ -228,7 +228,7 @@ def test_the_folder_is_walked_once_and_a_place_is_asked_for_first(competition, t
 
 def test_what_fails_its_own_check_is_not_left(competition, tmp_path, monkeypatch):
     from kdocr.reader import submit as module
-    monkeypatch.setattr(module, 'read_together', lambda readers, tracks: [('ABC', .5, ())]*len(tracks))
+    monkeypatch.setattr(module, 'read_together', lambda readers, tracks: [Record('', text='ABC', frames=5)]*len(tracks))
     with pytest.raises(KdocrError, match="s.zip: not written, line 1: track_20001: 'ABC' is no plate"): submit(competition, [checkpoint(tmp_path/'a.pth')], tmp_path/'s.zip')
     assert {p.name for p in tmp_path.iterdir()} == {'a.pth', 'LRLPR-26'}
 
@@ -238,8 +238,8 @@ def test_frames_that_cannot_be_read(competition, tmp_path, capsys):
     (competition/'test/track_20001/lr-002.jpg').write_bytes(b'no picture')
     (competition/'test/track_20001/lr-004.jpg').unlink()
     submit(competition, [ckpt], out)
-    assert 'track_20001: 3 of 5 frames can be read (lr-002.jpg: not an image' in (err := capsys.readouterr().err) and '1 missing' in err
-    whole = [[load_image(p).pixels for p in _asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg']]
+    assert 'track_20001: 3 of 5 frames can be read (1 missing; lr-002.jpg: not an image' in capsys.readouterr().err
+    whole = [PlateInput('whole', [p for p in _asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg'])]
     r = read_together([Reader.load(ckpt)], whole)[0]
     assert lines(out)[0] == _submission_line('track_20001', r.text, r.confidence)
     before = out.read_bytes()
