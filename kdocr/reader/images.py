@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PlateImage', 'load_image', 'PlateInput', 'printable', 'find_plates']
 
-# %% ../../nbs/reader/70_images.ipynb #815cee38
+# %% ../../nbs/reader/70_images.ipynb #d245ac73
 import os, re, warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +15,14 @@ from PIL import Image
 from ..core import KdocrError
 from ..data.icpr import FRAMES, damage_of, read_rows
 
-# %% ../../nbs/reader/70_images.ipynb #b2230927
+# %% ../../nbs/reader/70_images.ipynb #422b8577
 class PlateImage(NamedTuple):
     "A decoded image."
     pixels:np.ndarray     # (h,w,3) uint8 RGB
     notes:tuple[str, ...] # remarks for the user
 
-def _to_bytes(x): # floats from 0 to 1, or levels of 8, 10, 12 or 16 bits, (h,w,...) -> uint8
-    if x.dtype.kind != 'f':
+def _to_bytes(x): # bool, floats from 0 to 1, or levels of 8, 10, 12 or 16 bits, (h,w,...) -> uint8
+    if x.dtype.kind not in 'bf':
         x = np.clip(x, 0, 65535).astype(np.uint16)
         bits = int(x.max(initial=0)).bit_length()
         return (x >> next((n - 8 for n in (8, 10, 12) if bits <= n), 8)).astype(np.uint8)
@@ -32,12 +32,12 @@ def _to_bytes(x): # floats from 0 to 1, or levels of 8, 10, 12 or 16 bits, (h,w,
 
 def _to_rgb(im) -> np.ndarray: # PIL -> (h,w,3) uint8
     if im.mode == 'F' or im.mode.startswith('I'): return np.repeat(_to_bytes(np.asarray(im))[..., None], 3, 2)
-    if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in im.info:
+    if im.has_transparency_data:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return np.asarray(im.convert('RGB'))
 
-# %% ../../nbs/reader/70_images.ipynb #a2281e86
+# %% ../../nbs/reader/70_images.ipynb #e22cc47b
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP', 'JPEG2000')
 _LARGEST = 50_000_000 # pixels
 _TOO_LARGE = f'more than {_LARGEST/1e6:.0f} million pixels are not decoded: cut out the plate'
@@ -67,13 +67,12 @@ def _from_file(path) -> PlateImage:
         if damage: raise KdocrError(damage)
         return _from_pil(im)
 
-# %% ../../nbs/reader/70_images.ipynb #37bad3fa
+# %% ../../nbs/reader/70_images.ipynb #1c330d82
 def _from_array(x) -> PlateImage:
-    if x.dtype == bool: x = x.astype(float)
-    if x.dtype.kind != 'f' and x.dtype not in ('u1', '<u2', '>u2'):
+    if x.dtype.kind not in 'bf' and x.dtype not in ('u1', '<u2', '>u2'):
         raise KdocrError(f'pixels of type {x.dtype}; needed are uint8, uint16, or floats from 0 to 1')
     if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
-    if not (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (3, 4)):
+    if x.ndim < 2 or x.shape[2:] not in ((), (3,), (4,)):
         raise KdocrError(f'an array of shape {x.shape}; an image is (height, width), or (height, width, 3) in RGB')
     _check_size(*x.shape[:2])
     if x.dtype != np.uint8: x = _to_bytes(x)
@@ -97,7 +96,7 @@ def load_image(source # a path, a PIL image, or an array: (h,w) grey, (h,w,3) RG
     except OSError as e: raise KdocrError(e.strerror or f'damaged: {e}') from None
     except Exception as e: raise KdocrError(f'damaged: {type(e).__name__}: {e}') from None
 
-# %% ../../nbs/reader/70_images.ipynb #6b1c57ff
+# %% ../../nbs/reader/70_images.ipynb #bd950f6c
 _SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.ppm', '.pgm', '.tif', '.tiff', '.webp', '.jp2'}
 _FRAME = re.compile(r'(lr|hr)-0*(\d+)(\.\w+)', re.IGNORECASE)
 
@@ -123,7 +122,7 @@ def _track(folder:str, names:list[str]) -> PlateInput|None: # None where the fol
     gone = [f'{kind}-{i:03d}: missing' for i in range(1, FRAMES + 1) if i not in frames]
     return PlateInput(printable(folder), [os.path.join(folder, frames[i]) for i in sorted(frames)], (*gone, *twice))
 
-# %% ../../nbs/reader/70_images.ipynb #5812d701
+# %% ../../nbs/reader/70_images.ipynb #3041eee1
 def _walk(folder:str, above:tuple[str, ...]=() # real paths of the folders that led here
          ) -> Iterator[PlateInput]:
     real = os.path.realpath(folder)
@@ -157,7 +156,7 @@ def _listed(path) -> Iterator[PlateInput]: # rows of a CSV
         tracks.setdefault(row['track'] or where or f'{printable(path)}:{line}', []).extend([where] if file else [])
     yield from map(PlateInput, tracks, tracks.values())
 
-# %% ../../nbs/reader/70_images.ipynb #afea51fe
+# %% ../../nbs/reader/70_images.ipynb #a3fda9de
 def _several(x) -> bool: # whether it is a list, or an array of images
     return isinstance(x, (list, tuple)) and not isinstance(x, PlateInput) or isinstance(x, np.ndarray) and x.ndim > 3
 

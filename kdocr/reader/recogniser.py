@@ -34,7 +34,7 @@ class Network(NamedTuple):
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-class _About(BaseModel, strict=True): # other keys are ignored
+class _About(BaseModel, strict=True, extra='allow'):
     charset:str
     height:PositiveInt
     width:PositiveInt
@@ -43,14 +43,16 @@ class _About(BaseModel, strict=True): # other keys are ignored
     temperatures:list[_Positive]|None = None # by number of frames
     layouts:str|list[str]|None = None
 
-def _checked(path, about:dict) -> dict:
+def _checked(path, about:dict|str) -> dict: # a str: JSON
     "Return the description. Raises `KdocrError` naming what is wrong with it."
-    try: Charset(_About(**about).charset)
+    try:
+        checked = _About.model_validate_json(about) if isinstance(about, str) else _About(**about)
+        Charset(checked.charset)
     except ValidationError as e:
-        wrong = dict.fromkeys(str(fault['loc'][0]) for fault in e.errors())
+        wrong = dict.fromkeys(str(*fault['loc'][:1]) or fault['msg'] for fault in e.errors())
         raise KdocrError(f'{path}: incomplete description of the network: {", ".join(wrong)}') from None
     except KdocrError as e: raise KdocrError(f'{path}: {e}') from None
-    return about
+    return checked.model_dump(exclude_unset=True)
 
 # %% ../../nbs/reader/71_recogniser.ipynb #000f
 def about_network(ckpt:dict # as `load_checkpoint` gives it
@@ -98,12 +100,9 @@ def _from_onnx(path, device, threads) -> Network:
     net = session(path, device, threads)
     text = net.get_modelmeta().custom_metadata_map.get('kdocr')
     if text is None: raise KdocrError(f'{path}: not an ONNX file of `kdocr export`, which describes the network in it')
-    try: about = json.loads(text)
-    except ValueError: about = None
-    if not isinstance(about, dict): raise KdocrError(f'{path}: its description of the network cannot be read')
-    classes = len(Charset(_checked(path, about)['charset']))
-    size = [3, about['height'], about['width']]
-    want = [('images', 'tensor(float)', 5, size), ('logits', 'tensor(float)', 3, [classes])]
+    about = _checked(path, text)
+    want = [('images', 'tensor(float)', 5, [3, about['height'], about['width']]),
+            ('logits', 'tensor(float)', 3, [len(Charset(about['charset']))])]
     found = [(v.name, v.type, len(v.shape), v.shape[2:]) for v in (*net.get_inputs(), *net.get_outputs())]
     if found != want: raise KdocrError(f'{path}: not a plate reader: it has {found}, needed are {want}')
     return Network(lambda x: net.run(['logits'], {'images': x})[0], about, str(path))

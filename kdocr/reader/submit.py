@@ -87,9 +87,9 @@ def _line_faults(line:str, known:set, first:dict[str, int], n:int): # first: the
         yield f'{_short(line)!r} is not `track,text;confidence`'
         return
     key, text, number = map(_short, parts.groups())
-    if key not in known: yield f'{key}: no such track'
-    elif key in first: yield f'{key}: a second time, it is on line {first[key]} already'
     first.setdefault(key, n)
+    if key not in known: yield f'{key}: no such track'
+    elif first[key] < n: yield f'{key}: a second time, it is on line {first[key]} already'
     if layout_of(text) is None: yield f'{key}: {text!r} is no plate ({_PLATES}: L letter, D digit)'
     if not _NUMBER.fullmatch(number) or not 0 <= float(number) <= 1:
         yield f'{key}: confidence {number!r} is no number from 0 to 1'
@@ -128,14 +128,12 @@ def read_together(readers:list[Reader],     # that agree in characters and time 
                  ) -> list[Record]:
     "Return the most probable plate of each track by the mean of the readers' log-probabilities."
     opened = [[r.open(t) for t in tracks] for r in readers] # each reader's own size
-    records, whole = [record for _, record in opened[0]], [i for i, (frames, _) in enumerate(opened[0]) if frames]
-    if not whole: return records
-    each = [r.log_probs([np.stack(own[i][0]) for i in whole], r.resolve_options().frames)
+    if not any(frames for frames, _ in opened[0]): return [record for _, record in opened[0]]
+    each = [r.log_probs([np.stack(frames) for frames, _ in own if frames], r.resolve_options().frames)
             for r, own in zip(readers, opened)]
     mean, charset = log_softmax(np.mean(each, 0)), readers[0].charset # (b,t,c)
-    for i, reading in zip(whole, reading_of(mean, constrained(mean, charset, 'either'), charset, 'either')):
-        records[i] = records[i].with_reading(reading)
-    return records
+    readings = iter(reading_of(mean, constrained(mean, charset, 'either'), charset, 'either'))
+    return [record.with_reading(next(readings)) if frames else record for frames, record in opened[0]]
 
 # %% ../../nbs/reader/74_submit.ipynb #c2ac32ff
 _NOTHING = 'AAA0000'  # text of a track that cannot be read, with confidence 0
