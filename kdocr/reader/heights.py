@@ -8,9 +8,9 @@ __all__ = ['EVAL_HEIGHTS', 'DECODE_MODES', 'labelled_folder', 'labelled_tracks',
 
 # %% ../../nbs/reader/72_heights.ipynb #0003
 import csv, time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 import cv2
 import numpy as np
 from ..core import KdocrError
@@ -18,8 +18,7 @@ from ..data.icpr import Track, read_image
 from ..metrics import Prediction, cer, exact_match, wilson
 
 # %% ../../nbs/reader/72_heights.ipynb #0006
-@dataclass(frozen=True)
-class _Labelled:
+class _Labelled(NamedTuple):
     "An image and its text."
     key:str            # file or track
     text:str
@@ -58,10 +57,9 @@ def downscale(picture:np.ndarray, # (h,w,3) uint8
     if height is None or h <= height: return picture
     return cv2.resize(picture, (max(1, round(w*height/h)), height), interpolation=cv2.INTER_AREA)
 
-# %% ../../nbs/reader/72_heights.ipynb #391a160d
-_Read = Callable[[list[np.ndarray]], list[tuple[str, float]]] # images -> texts and confidences
-
-def predict_at_height(read:_Read, pictures:Sequence[_Labelled], height:int|None) -> tuple[list[Prediction], float]:
+# %% ../../nbs/reader/72_heights.ipynb #53b54c51
+def predict_at_height(read, # a function of a list of images (h,w,3): a text and a confidence for each
+                      pictures:Sequence[_Labelled], height:int|None) -> tuple[list[Prediction], float]:
     "Return what is read of the images at a height, and the milliseconds per image."
     seen = [downscale(p.picture, height) for p in pictures]
     start = time.perf_counter()
@@ -70,7 +68,8 @@ def predict_at_height(read:_Read, pictures:Sequence[_Labelled], height:int|None)
     return [Prediction(p.key, p.text, text, confidence, p.layout, height=s.shape[0])
             for p, s, (text, confidence) in zip(pictures, seen, readings, strict=True)], ms
 
-def accuracy_by_height(read:_Read, pictures:Sequence[_Labelled], heights=EVAL_HEIGHTS,
+def accuracy_by_height(read, # as for `predict_at_height`
+                       pictures:Sequence[_Labelled], heights=EVAL_HEIGHTS,
                        name:str='', # of the reader, for the table
                       ) -> list[dict]: # one row per height
     "Return exact match with its 95 % interval (Wilson 1927), CER and milliseconds per image at each height."

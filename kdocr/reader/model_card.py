@@ -11,7 +11,7 @@ from ..core import KdocrError, atomic_write, read_json, write_json
 from ..config import Config, load_config, as_dict
 from ..metrics import Prediction, read_predictions, score, wilson
 from ..models.restran import make_model
-from ..training.run_folder import FREE_SETTINGS, RunFolder, load_checkpoint
+from ..training.run_folder import FREE_SETTINGS, RunFolder, load_checkpoint, on_disk
 from ..analysis.errors import calibration_error, reliability
 from ..analysis.compare import data_of
 
@@ -131,8 +131,7 @@ def write_model_card(folder:str|Path,                  # of a finished run
     "Write the card as card.json and card.md. Raises `KdocrError` as `model_card` does, and where it cannot be written."
     out = Path(out or folder)
     card = model_card(folder, {k: read_predictions(p) for k, p in (also or {}).items()})
-    try:
+    with on_disk(out), atomic_write(out/'card.md') as tmp:
         write_json(out/'card.json', card)
-        with atomic_write(out/'card.md') as tmp: tmp.write_text(card_text(card), encoding='utf-8')
-    except OSError as e: raise KdocrError(f'{out}: could not be written ({e.strerror})') from None
+        tmp.write_text(card_text(card), encoding='utf-8')
     return out/'card.md'

@@ -15,7 +15,7 @@ from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.reader.recogniser import about_network, session
-from kdocr.reader.export import _Comparison, _compare_graph, export, _to_half_weights, to_onnx
+from kdocr.reader.export import _Comparison, _compare_graph, export, _to_half_weights, _to_onnx
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import RunFolder, describe, save_checkpoint
 from small_runs import drawn
@@ -38,7 +38,7 @@ def checkpoint(path, model_type='restran_tiny', seed=0, **values):
 def tiny(tmp_path_factory):
     "A checkpoint, its model and its graph, made once."
     path, model = checkpoint(tmp_path_factory.mktemp('export')/'tiny.pth')
-    return path, model, to_onnx(model, 1, 32, 128)
+    return path, model, _to_onnx(model, 1, 32, 128)
 
 
 def apart(model, raw, *shape):
@@ -78,7 +78,7 @@ def test_the_large_ones_too(name):
     torch.manual_seed(0)
     model = make_model(name, 37).eval()
     with torch.no_grad(): model.stn.locate[-1].weight.normal_(std=.01)
-    raw = to_onnx(model, 5, 32, 128).SerializeToString()
+    raw = _to_onnx(model, 5, 32, 128).SerializeToString()
     assert apart(model, raw, 1, 1) < 1e-4 and apart(model, raw, 3, 5) < 1e-4
 
 
@@ -146,7 +146,7 @@ def test_a_file_that_reads_otherwise_is_not_written(tiny, tmp_path, monkeypatch,
     wrong = onnx.ModelProto(); wrong.CopyFrom(graph)
     head = next(w for w in wrong.graph.initializer if list(w.dims) == [37])
     head.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) + np.linspace(-3, 3, 37, dtype=np.float32), head.name))
-    monkeypatch.setattr(module, 'to_onnx', lambda *a: wrong)
+    monkeypatch.setattr(module, '_to_onnx', lambda *a: wrong)
     (tmp_path/'x.onnx').write_text('before')
     assert main(['export', str(path), '--out', str(tmp_path/'x.onnx'), '--data', drawn()]) == 2
     assert 'not written, it does not read as' in capsys.readouterr().err
@@ -190,4 +190,4 @@ def test_not_installed(tiny, monkeypatch):
     import builtins
     real = builtins.__import__
     monkeypatch.setattr(builtins, '__import__', lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name, name=name)) if name == 'onnxscript' else real(name, *a, **k))
-    with pytest.raises(KdocrError, match=r"export needs onnxscript: pip install 'kdocr\[export\]'"): to_onnx(tiny[1], 1, 32, 128)
+    with pytest.raises(KdocrError, match=r"export needs onnxscript: pip install 'kdocr\[export\]'"): _to_onnx(tiny[1], 1, 32, 128)

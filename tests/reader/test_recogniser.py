@@ -290,7 +290,7 @@ def test_a_second_look_is_the_mean_of_five(frames):
     def run(x): return (x.mean(1).reshape(len(x), -1) @ weights).reshape(-1, 16, 37)
     r, track = net(run, frames=1 + 4*(frames == 'attention')), rng.integers(0, 255, (2, 32, 128, 3)).astype(np.uint8)
     def by_hand(): # for sum and attention
-        looks = [np.stack([np.roll(f, (-y, -x), (0, 1)) for f in np.pad(track, ((0, 0), (8, 8), (8, 8), (0, 0)), 'edge')])[:, 8:-8, 8:-8] for x, y in R.TTA_SHIFTS]
+        looks = [np.stack([np.roll(f, (-y, -x), (0, 1)) for f in np.pad(track, ((0, 0), (8, 8), (8, 8), (0, 0)), 'edge')])[:, 8:-8, 8:-8] for x, y in R._TTA_SHIFTS]
         return [run((f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[:, None] if frames == 'sum' else (f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[None]) for f in looks]
     def norm(x): return x - np.log(np.exp(x).sum(-1, keepdims=True))
     one, five = r.read([list(track)], frames=frames, tta_below=0)[0], r.read([list(track)], frames=frames, tta_below=1)[0]
