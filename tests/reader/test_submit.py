@@ -18,7 +18,8 @@ from kdocr.reader.images import PlateInput, load_image
 from kdocr.reader.recogniser import Network, Reader, Record
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import describe, save_checkpoint
-from kdocr.reader.submit import _agree, _asked, _submission_line, _written, _zip, check_submission, read_together, submit
+from kdocr.reader.submit import (_agree, _asked, _read_together, _submission_line, _written, _zip, check_submission,
+                                 submit)
 
 KEYS = ['track_20001', 'track_20002', 'track_20003']
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent.parent.parent/'shared/data/plates_br'
@@ -163,20 +164,20 @@ def test_one_checkpoint_is_the_reader_itself(competition, tmp_path):
     for i, how in enumerate((dict(), dict(frames=5))):
         r = Reader.load(checkpoint(tmp_path/f'{i}.pth', seed=3, **how))
         tracks = [*frames_of(competition), PlateInput('two', frames_of(competition)[0].frames[:2])]  # of five frames and of two
-        for got, want in zip(read_together([r], tracks), r.read(tracks, layout='either'), strict=True):
+        for got, want in zip(_read_together([r], tracks), r.read(tracks, layout='either'), strict=True):
             assert got.text == want.text and got.confidence == pytest.approx(want.confidence, rel=1e-4)
 
 
 def test_averaging_is_the_mean_of_log_probabilities(competition, tmp_path):
     readers = [Reader.load(checkpoint(tmp_path/f'{i}.pth', seed=i)) for i in range(2)]
     tracks = frames_of(competition)
-    assert [(r.text, r.confidence) for r in read_together([readers[0]] * 2, tracks)] == [(r.text, pytest.approx(r.confidence)) for r in read_together(readers[:1], tracks)]
+    assert [(r.text, r.confidence) for r in _read_together([readers[0]] * 2, tracks)] == [(r.text, pytest.approx(r.confidence)) for r in _read_together(readers[:1], tracks)]
 
     def says(x): return Reader(Network(lambda images: np.repeat(x, len(images), 0), dict(charset=Charset().chars, height=32, width=128, frames=2), 'it says what it is told'))
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(1, 16, 37)).astype(np.float32) * 4 for _ in range(2))
     both = says(((log_softmax(a) + log_softmax(b)) / 2).astype(np.float32))
-    (got,), (want,), (other,) = (read_together(r, tracks[:1]) for r in ([says(a), says(b)], [both], [says(a)]))
+    (got,), (want,), (other,) = (_read_together(r, tracks[:1]) for r in ([says(a), says(b)], [both], [says(a)]))
     assert got.text == want.text and got.confidence == pytest.approx(want.confidence, rel=1e-4)
     assert got.text != other.text or got.confidence != pytest.approx(other.confidence, rel=1e-2)
 
@@ -185,7 +186,7 @@ def test_the_temperature_counts(competition, tmp_path):
     path = checkpoint(tmp_path/'a.pth')
     cold = torch.load(path, weights_only=True) | dict(temperature=.05)
     save_checkpoint(tmp_path/'cold.pth', cold)
-    sure, unsure = (read_together([Reader.load(p)], frames_of(competition))[0].confidence for p in (tmp_path/'cold.pth', path))
+    sure, unsure = (_read_together([Reader.load(p)], frames_of(competition))[0].confidence for p in (tmp_path/'cold.pth', path))
     assert sure > unsure + .3
 
 
@@ -207,7 +208,7 @@ def test_submit(competition, tmp_path, capsys):
     assert '3 tracks' in said and '2 checkpoints averaged; checked' in said and '3 whole tracks with a known text' in said
     got = [l.split(',') for l in lines(out)]
     assert [k for k, _ in got] == KEYS and all(layout_of(x.split(';')[0]) for _, x in got) and check_submission(out, competition) == []
-    want = read_together([Reader.load(c) for c in ckpts], frames_of(competition))
+    want = _read_together([Reader.load(c) for c in ckpts], frames_of(competition))
     assert [x for _, x in got] == [f'{r.text};{r.confidence:.4f}' for r in want]
     before = out.read_bytes()
     submit(competition/'test', ckpts, out, batch=2)
@@ -228,7 +229,7 @@ def test_the_folder_is_walked_once_and_a_place_is_asked_for_first(competition, t
 
 def test_what_fails_its_own_check_is_not_left(competition, tmp_path, monkeypatch):
     from kdocr.reader import submit as module
-    monkeypatch.setattr(module, 'read_together', lambda readers, tracks: [Record('', text='ABC', frames=5)]*len(tracks))
+    monkeypatch.setattr(module, '_read_together', lambda readers, tracks: [Record('', text='ABC', frames=5)]*len(tracks))
     with pytest.raises(KdocrError, match="s.zip: not written, line 1: track_20001: 'ABC' is no plate"): submit(competition, [checkpoint(tmp_path/'a.pth')], tmp_path/'s.zip')
     assert {p.name for p in tmp_path.iterdir()} == {'a.pth', 'LRLPR-26'}
 
@@ -240,7 +241,7 @@ def test_frames_that_cannot_be_read(competition, tmp_path, capsys):
     submit(competition, [ckpt], out)
     assert 'track_20001: 3 of 5 frames can be read (1 missing; lr-002.jpg: not an image' in capsys.readouterr().err
     whole = [PlateInput('whole', [p for p in _asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg'])]
-    r = read_together([Reader.load(ckpt)], whole)[0]
+    r = _read_together([Reader.load(ckpt)], whole)[0]
     assert lines(out)[0] == _submission_line('track_20001', r.text, r.confidence)
     before = out.read_bytes()
     for f in (competition/'test/track_20003').iterdir(): f.write_bytes(b'')
