@@ -110,7 +110,7 @@ def _run(notebook:str, /, *, p:Annotated[_Pairs, Parameter('-p')]=[], timeout:_S
     case status.json gives the reason, and the same command continues from the last checkpoint.
 
     Args:
-        notebook: A path, or the name of a shipped notebook: train_kd, sweep, ablate_taps, reader, photographs_reader;
+        notebook: A path, or the name of a shipped notebook: train_kd, sweep, ablate_taps, reader;
             explore, feature_alignment, loss_curves, errors, recipes, frames, peers, unseen, benchmark.
         p: KEY VALUE: set a parameter. Repeat it for further ones.
         timeout: Seconds after which it is interrupted, as by Ctrl-C; a training saves a checkpoint first.

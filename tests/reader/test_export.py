@@ -14,8 +14,8 @@ from kdocr.charset import Charset
 from kdocr.cli import main
 from kdocr.config import Config
 from kdocr.core import KdocrError
-from kdocr.reader.recogniser import session
-from kdocr.reader.export import _Comparison, _export_about, compare_graph, export, _to_half_weights, to_onnx
+from kdocr.reader.recogniser import about_network, session
+from kdocr.reader.export import _Comparison, _compare_graph, export, _to_half_weights, _to_onnx
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import RunFolder, describe, save_checkpoint
 from small_runs import drawn
@@ -38,7 +38,7 @@ def checkpoint(path, model_type='restran_tiny', seed=0, **values):
 def tiny(tmp_path_factory):
     "A checkpoint, its model and its graph, made once."
     path, model = checkpoint(tmp_path_factory.mktemp('export')/'tiny.pth')
-    return path, model, to_onnx(model, 1, 32, 128)
+    return path, model, _to_onnx(model, 1, 32, 128)
 
 
 def apart(model, raw, *shape):
@@ -67,9 +67,9 @@ def test_what_the_file_says_of_itself(tiny):
 
 def test_metadata_of_what_was_calibrated_and_what_was_not(tiny):
     ckpt = dict(charset='abc', height=32, width=96, frames=5, model_type='restran_tiny')
-    assert _export_about(ckpt) == dict(ckpt, temperature=1., layouts=[])
-    assert _export_about(dict(ckpt, charset=Charset().chars))['layouts'] == ['Brazilian', 'Mercosur']
-    assert _export_about(dict(ckpt, temperature=1.4, layouts=['Brazilian']))['temperature'] == 1.4
+    assert about_network(ckpt) == dict(ckpt, temperature=1., layouts=[])
+    assert about_network(dict(ckpt, charset=Charset().chars))['layouts'] == ['Brazilian', 'Mercosur']
+    assert about_network(dict(ckpt, temperature=1.4, layouts=['Brazilian']))['temperature'] == 1.4
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_the_large_ones_too(name):
     torch.manual_seed(0)
     model = make_model(name, 37).eval()
     with torch.no_grad(): model.stn.locate[-1].weight.normal_(std=.01)
-    raw = to_onnx(model, 5, 32, 128).SerializeToString()
+    raw = _to_onnx(model, 5, 32, 128).SerializeToString()
     assert apart(model, raw, 1, 1) < 1e-4 and apart(model, raw, 3, 5) < 1e-4
 
 
@@ -108,7 +108,7 @@ def test_another_charset_several_frames_and_half(tmp_path, capsys):
 
 
 def test_16_bits_may_turn_a_near_tie_and_say_so(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, 'compare_graph', lambda *a: _Comparison(10, 9, 5e-5, (1,)))
+    monkeypatch.setattr(module, '_compare_graph', lambda *a: _Comparison(10, 9, 5e-5, (1,)))
     def asked(*more): return main(['export', str(tiny[0]), '--out', str(tmp_path/'o.onnx'), '--data', drawn(), *more])
     assert asked() == 2 and 'asked are all strings' in capsys.readouterr().err and not (tmp_path/'o.onnx').exists()
     assert asked('--half') == 0 and '9 of 10 strings the same' in capsys.readouterr().out and (tmp_path/'o.onnx').exists()
@@ -146,7 +146,7 @@ def test_a_file_that_reads_otherwise_is_not_written(tiny, tmp_path, monkeypatch,
     wrong = onnx.ModelProto(); wrong.CopyFrom(graph)
     head = next(w for w in wrong.graph.initializer if list(w.dims) == [37])
     head.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) + np.linspace(-3, 3, 37, dtype=np.float32), head.name))
-    monkeypatch.setattr(module, 'to_onnx', lambda *a: wrong)
+    monkeypatch.setattr(module, '_to_onnx', lambda *a: wrong)
     (tmp_path/'x.onnx').write_text('before')
     assert main(['export', str(path), '--out', str(tmp_path/'x.onnx'), '--data', drawn()]) == 2
     assert 'not written, it does not read as' in capsys.readouterr().err
@@ -156,10 +156,10 @@ def test_a_file_that_reads_otherwise_is_not_written(tiny, tmp_path, monkeypatch,
 def test_a_comparison_sees_one_character(tiny):
     path, model, graph = tiny
     x = torch.rand(4, 1, 3, 32, 128, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    same = compare_graph(model, graph.SerializeToString(), Charset(), [x])
+    same = _compare_graph(model, graph.SerializeToString(), Charset(), [x])
     assert (same.readings, same.same) == (4, 4) and same.apart < 1e-5
     other = make_model('restran_tiny', 37).eval()
-    assert compare_graph(other, graph.SerializeToString(), Charset(), [x]).apart > 1e-3
+    assert _compare_graph(other, graph.SerializeToString(), Charset(), [x]).apart > 1e-3
 
 
 @pytest.mark.parametrize('raw', [b'', b'something else', b'PK\x03\x04 no zip'])
@@ -190,4 +190,4 @@ def test_not_installed(tiny, monkeypatch):
     import builtins
     real = builtins.__import__
     monkeypatch.setattr(builtins, '__import__', lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name, name=name)) if name == 'onnxscript' else real(name, *a, **k))
-    with pytest.raises(KdocrError, match=r"export needs onnxscript: pip install 'kdocr\[export\]'"): to_onnx(tiny[1], 1, 32, 128)
+    with pytest.raises(KdocrError, match=r"export needs onnxscript: pip install 'kdocr\[export\]'"): _to_onnx(tiny[1], 1, 32, 128)

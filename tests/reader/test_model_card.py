@@ -51,7 +51,7 @@ def test_data_that_nobody_drew(run, tmp_path):
     (tmp_path/'mine'/'config.yaml').write_text(yaml.safe_dump(config | dict(data=str(tmp_path/'LRLPR-26'))))
     write_json(tmp_path/'mine'/'env.json', read_json(tmp_path/'mine'/'env.json') | dict(data=str(tmp_path/'LRLPR-26')))
     c = model_card(tmp_path/'mine')
-    assert c['data']['drawn'] is None and any('not known here' in x for x in c['limits']) and not any('drawn plates alone' in x for x in c['limits'])
+    assert c['data']['drawn'] is None and any('is not known' in x for x in c['limits']) and not any('drawn plates alone' in x for x in c['limits'])
     (tmp_path/'LRLPR-26').mkdir()
     c = model_card(tmp_path/'mine')
     assert 'synth_tracks' not in c['recipe'] and c['data']['source'] == 'tracks, LRLPR-26' and c['data']['drawn'] is False and not any('drawn' in x for x in c['limits'])
@@ -70,7 +70,7 @@ def test_no_empty_table_and_no_part_that_is_not_there(run, tmp_path):
 def test_what_has_no_card(run, tmp_path):
     with pytest.raises(KdocrError, match='no run folder'): model_card(drawn())
     (tmp_path/'config.yaml').write_text('name: x\n')
-    with pytest.raises(KdocrError, match='not finished; a card tells of finished runs'): model_card(tmp_path)
+    with pytest.raises(KdocrError, match='not finished; only a finished run has a card'): model_card(tmp_path)
     with pytest.raises(KdocrError, match='nowhere.csv: no such file'): write_model_card(run, tmp_path, {'x': tmp_path/'nowhere.csv'})
     (tmp_path/'file').touch()
     with pytest.raises(KdocrError, match='could not be written'): write_model_card(run, tmp_path/'file')

@@ -1,4 +1,4 @@
-"""Photographs beside drawn plates: the CSV that lists them, what stays apart in it, and the run notebook that learns from it."""
+"""Photographs and drawn plates: the CSV by which the run notebook lists them, what stays apart in it, and what is learnt from it."""
 import csv
 from pathlib import Path
 
@@ -13,13 +13,21 @@ from kdocr.core import KdocrError
 from kdocr.data.batches import open_data
 from kdocr.reader.heights import DECODE_MODES, labelled_folder, downscale
 from kdocr.data.icpr import check, index_data, make_split, read_image
-from kdocr.reader.mixed import _LOW, _crop_tracks, mixed_csv
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.reader.recogniser import Reader, shipped
 from kdocr.data.synth import synth
 
 TEXTS = ['ABC1234', 'QVS2D10', 'KDO4C26', 'ABC1234', 'RIO2A18', 'XYZ0001']
 PHOTOGRAPHS = Path(__file__).resolve().parents[2]/'shared/data/plates_br'
+
+
+NOTEBOOK, CODE = Path(__file__).resolve().parents[2]/'nbs/runs/reader.ipynb', dict(out=None)
+for cell in nbformat.read(NOTEBOOK, 4).cells: # its imports and its functions
+    if cell.cell_type == 'code' and ('use_style' in cell.source or 'def mixed_csv' in cell.source): exec(cell.source, CODE)
+_LOW, plates_of = CODE['LOW'], CODE['plates_of']
+
+
+def mixed_csv(file, photographs, drawn=(), **how): return CODE['mixed_csv'](file, photographs, drawn, **how)
 
 
 @pytest.fixture(scope='module')
@@ -58,17 +66,13 @@ def test_everything_is_listed_where_it_lies(tmp_path, crops, drawn):
 
 
 def test_lr_frames_of_a_crop(tmp_path, crops):
-    same = [p for p in _crop_tracks(crops, tmp_path/'low', copies=3) if p.key == 'é 0.png']
-    assert [p.copy for p in same] == [0, 1, 2] and same[0].frames == same[1].frames == same[2].frames, 'without a camera copies are the same files'
-    plates = [p for p in _crop_tracks(crops, tmp_path/'low', copies=3, camera=True) if p.key == 'é 0.png']
-    assert plates[0].frames == same[0].frames
-    near = read_image(crops/'é 0.png')
-    low = [[read_image(f) for _, f in p.frames] for p in plates]
-    assert [p.copy for p in plates] == [0, 1, 2] and [[x.shape[0] for x in each] for each in low] == [[*_LOW]]*3
-    for x, h in zip(low[0], _LOW): assert np.array_equal(x, downscale(near, h))
-    assert all(not np.array_equal(a, b) for pair in ((0, 1), (1, 2)) for a, b in zip(low[pair[0]], low[pair[1]])), 'each copy has its own camera'
-    last = [p for p in _crop_tracks(crops, tmp_path/'low', copies=2, camera=True) if p.key == 'é 5.png']
-    assert [[read_image(f).shape[0] for _, f in p.frames] for p in last] == [[18, 18, 16, 14, 12]]*2, 'never enlarged'
+    plates = {key: frames for key, _, _, frames in plates_of(crops, tmp_path/'low')}
+    near, low = read_image(crops/'é 0.png'), [read_image(f) for _, f in plates['é 0.png']]
+    assert [x.shape[0] for x in low] == [*_LOW] and {f for f, _ in plates['é 0.png']} == {crops/'é 0.png'}
+    for x, h in zip(low, _LOW): assert np.array_equal(x, downscale(near, h))
+    assert [read_image(f).shape[0] for _, f in plates['é 5.png']] == [18, 18, 16, 14, 12], 'never enlarged'
+    found = {t.key: t for t in index_data(mixed_csv(tmp_path/'m.csv', [crops], copies=3)).train}
+    assert found['0/é 0.png'].lr == found['0/é 0.png (2)'].lr == found['0/é 0.png (3)'].lr, 'copies are the same files'
 
 
 def test_a_plate_is_on_one_side_of_the_split(tmp_path, crops, drawn):
@@ -98,13 +102,13 @@ def test_the_trainer_obeys_the_list(tmp_path, crops, drawn):
 
 def test_the_same_again_changes_no_file(tmp_path, crops, drawn):
     def stamps(): return {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in tmp_path.rglob('*.*') if p.is_file()}
-    mixed_csv(tmp_path/'m.csv', [crops], [drawn], camera=True)
+    mixed_csv(tmp_path/'m.csv', [crops], [drawn])
     before = stamps()
-    mixed_csv(tmp_path/'m.csv', [crops], [drawn], camera=True)
-    assert stamps() == before and len(before) > 6*3*5
+    mixed_csv(tmp_path/'m.csv', [crops], [drawn])
+    assert stamps() == before and len(before) > 6*5
     low = tmp_path/'m.kdocr/low-0/00000-0-12.png'
     low.write_bytes(low.read_bytes()[:50])
-    mixed_csv(tmp_path/'m.csv', [crops], [drawn], camera=True)
+    mixed_csv(tmp_path/'m.csv', [crops], [drawn])
     assert read_image(low).shape[0] == 12, 'what was damaged is made anew'
 
 
@@ -119,13 +123,9 @@ def test_what_is_refused(tmp_path, crops, drawn):
     def said(what, *args, **how):
         with pytest.raises(KdocrError, match=what): mixed_csv(tmp_path/'x.csv', *args, **how)
         assert not (tmp_path/'x.csv').exists()
-    said('no folder of photographs', [], [drawn])
     said('nowhere: no such folder', [tmp_path/'nowhere'])
-    said('copies: 0', [crops], copies=0)
+    said('copies 0', [crops], copies=0)
     said('val_frac 1', [crops], val_frac=1)
-    said('heights', [crops], heights=(24, 20, 16, 14, 12, 10))
-    said('heights', [crops], heights=())
-    said('at least 1 px', [crops], heights=(16, 0))
     said('no training tracks', [drawn/'test'])
     (crops/'é 2.png').unlink()
     said('é 2.png', [crops])
@@ -140,12 +140,12 @@ def test_a_folder_with_faults_is_named(tmp_path, crops):
 
 
 def test_the_run_notebook_small(tmp_path, crops):
-    kept = run_notebook('photographs_reader', tmp_path/'out'/'mine', dict(out=str(tmp_path/'out'), name='mine', photographs=[str(crops)], tracks=8, steps=3, batch_size=4, val_frac=.3, unseen=str(crops)))
+    kept = run_notebook('reader', tmp_path/'out'/'mine', dict(out=str(tmp_path/'out'), name='mine', photographs=[str(crops)], tracks=8, steps=3, batch_size=4, val_frac=.3, unseen=str(crops)))
     said = ' '.join(str(o.get('text', '')) for c in nbformat.read(kept, 4).cells if c.cell_type == 'code' for o in c.outputs)
-    assert 'photographed    18' in said and 'drawn            8' in said and 'stand in' not in said
+    assert 'photographed    18' in said and 'drawn            8' in said
     with open(tmp_path/'out/mine/heights.csv') as f: rows = list(csv.DictReader(f))
     assert {(r['decoder'], r['height']) for r in rows} == {(d, h) for d in DECODE_MODES for h in ('as stored', '24', '16', '12')}
-    assert {r['pictures'] for r in rows if r['set'].startswith('unseen')} == {'6'}
+    assert {r['pictures'] for r in rows if r['set'].startswith('photographs (')} == {'6'}
     assert (tmp_path/'out/mine/checkpoints/best.pth').is_file() and (tmp_path/'out/mine/figures/readings.png').is_file()
 
 

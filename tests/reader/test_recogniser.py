@@ -9,7 +9,8 @@ from kdocr.reader import recogniser as R
 from kdocr.charset import Charset, fits
 from kdocr.cli import main
 from kdocr.core import KdocrError
-from kdocr.reader.recogniser import Network, Reader, find_plates, load_network, load_image
+from kdocr.reader.images import find_plates, load_image
+from kdocr.reader.recogniser import Network, Reader, load_network
 
 CS, TEXT = Charset(), 'ABC1D23'
 ABOUT = dict(charset=CS.chars, height=32, width=128, frames=1, model_type='bars')
@@ -115,12 +116,12 @@ def jpeg(): return cv2.imencode('.jpg', bars())[1].tobytes()
 def png(): return cv2.imencode('.png', np.random.default_rng(0).integers(0, 256, (32, 128, 3), dtype=np.uint8))[1].tobytes()
 
 BAD = {
-    'text.png': (lambda p: p.write_text('not a picture'), 'no picture'), 'empty.jpg': (lambda p: p.write_bytes(b''), 'empty file'), 'cut.jpg': (lambda p: p.write_bytes(jpeg()[:-200]), 'damaged'),
+    'text.png': (lambda p: p.write_text('not a picture'), 'not an image'), 'empty.jpg': (lambda p: p.write_bytes(b''), 'empty file'), 'cut.jpg': (lambda p: p.write_bytes(jpeg()[:-200]), 'damaged'),
     'cut.png': (lambda p: p.write_bytes(png()[:len(png())//2]), 'truncated PNG'), 'head.png': (lambda p: p.write_bytes(png()[:20]), ''), 'flipped.png': (lambda p: p.write_bytes(png()[:200] + b'\0\1\2\3' + png()[204:]), 'check sum'),
     'one.png': (lambda p: Image.new('RGB', (1, 1)).save(p), '1x1 pixels'), 'line.png': (lambda p: Image.new('RGB', (300, 1)).save(p), '300x1 pixels'), 'float.tif': (lambda p: Image.new('F', (128, 32), 99.).save(p), 'outside of 0 to 1'),
     'huge.png': (lambda p: Image.new('1', (10_000, 10_000)).save(p), '10000x10000 pixels'), 'bomb.png': (lambda p: Image.new('1', (20_000, 10_000)).save(p), 'million'),
-    'draw.png': (lambda p: p.write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'), 'no picture'), 'draw.svg.png': (lambda p: p.write_text('<svg xmlns="http://www.w3.org/2000/svg"/>'), 'no picture'),
-    'pipe.png': (lambda p: os.mkfifo(p), 'not a regular file'), 'gone.png': (lambda p: None, 'no such file'), 'x'*300 + '.png': (lambda p: None, ''),
+    'draw.png': (lambda p: p.write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'), 'not an image'), 'draw.svg.png': (lambda p: p.write_text('<svg xmlns="http://www.w3.org/2000/svg"/>'), 'not an image'),
+    'pipe.png': (lambda p: os.mkfifo(p), 'not a regular file'), 'gone.png': (lambda p: None, 'No such file'), 'x'*300 + '.png': (lambda p: None, ''),
 }
 
 @pytest.mark.parametrize('name', BAD, ids=lambda n: n[:12])
@@ -142,7 +143,7 @@ def test_a_damaged_pil_image_is_said(tmp_path):
     assert [r.error[:7] for r in READER.read([Image.open(tmp_path/'a.jpg'), bars()])] == ['damaged', '']
 
 @pytest.mark.parametrize('x, said', [(np.full((32, 128), 1.01), 'outside of 0 to 1'), (np.full((32, 128), -.01), 'outside of 0 to 1'), (np.full((32, 128), np.nan), 'outside of 0 to 1'), (np.zeros((32, 128), int), 'int64'), (np.zeros((5, 32, 128), np.uint8), 'shape'),
-                                     (np.zeros((32, 128, 2), np.uint8), 'shape'), (np.zeros((0, 0), np.uint8), '0x0'), (7, 'int is no picture'), (None, 'NoneType'), (b'\x89PNG', 'bytes is no picture'), ('', 'an empty path')])
+                                     (np.zeros((32, 128, 2), np.uint8), 'shape'), (np.zeros((0, 0), np.uint8), '0x0'), (7, 'int is no image'), (None, 'NoneType'), (b'\x89PNG', 'bytes is no image'), ('', 'not a regular file')])
 def test_what_is_no_picture_in_python(x, said): assert said in READER.read([x])[0].error
 
 
@@ -162,10 +163,10 @@ def test_folders_and_tracks_are_found_in_order(tmp_path):
 
 def test_a_bad_frame_is_left_out_and_said(tmp_path):
     track = [save(tmp_path/f'track_1/lr-00{i}.png') for i in range(1, 6)]
-    track[2].write_bytes(b'no picture')
+    track[2].write_bytes(b'not an image')
     for how in ('sum', 'vote'):
         r, = READER.read(tmp_path/'track_1', frames=how)
-        assert (r.text, r.frames, r.error) == (TEXT, 4, '') and r.missing[0].startswith('lr-003.png: no picture') and len(r.missing) == 1
+        assert (r.text, r.frames, r.error) == (TEXT, 4, '') and r.missing[0].startswith('lr-003.png: not an image') and len(r.missing) == 1
 
 def test_a_frame_twice_is_said(tmp_path):
     save(tmp_path/'t/lr-001.bmp'); save(tmp_path/'t/lr-001.png')
@@ -198,10 +199,10 @@ def test_a_csv_stands_for_what_it_lists(tmp_path):
     def read(text): (tmp_path/'x.csv').write_bytes(text.encode()); return [(r.path.removeprefix(f'{tmp_path}/'), r.text, r.frames, r.error or '; '.join(r.missing)) for r in READER.read(str(tmp_path/'x.csv'))]
     assert read('image,text\na.png,-\nnear.png,\n') == [('a.png', TEXT, 1, ''), ('near.png', 'XYZ9876', 1, '')]
     assert read('\ufeffhr,lr,text,track\r\nnear.png,far/ü 1.png,-,t\r\nnear.png,gone.png,-,t\r\nnear.png,far/2.png,-,\r\n,,-,\r\nnear.png,far/2.png,-,t\r\n') == [
-        ('t', TEXT, 2, 'gone.png: no such file'), ('far/2.png', TEXT, 1, ''), ('x.csv:5', '', 0, 'no frames')]
+        ('t', TEXT, 2, 'gone.png: No such file or directory'), ('far/2.png', TEXT, 1, ''), ('x.csv:5', '', 0, 'no frames')]
     assert read('hr;lr;text\n') == [('x.csv', '', 0, "its cells are divided by ';'; a comma is needed")] and 'needed are the columns' in read('a.png\n')[0][3] + read('text\n')[0][3]
 
-def test_an_empty_folder_is_said(tmp_path): assert READER.read(tmp_path)[0].error == 'no pictures in it'
+def test_an_empty_folder_is_said(tmp_path): assert READER.read(tmp_path)[0].error == 'no images in it'
 
 def test_names_that_are_no_utf8(tmp_path):
     path = os.fsencode(tmp_path) + b'/caf\xe9 \xf0\x9f\x9a\x97.png'
@@ -289,7 +290,7 @@ def test_a_second_look_is_the_mean_of_five(frames):
     def run(x): return (x.mean(1).reshape(len(x), -1) @ weights).reshape(-1, 16, 37)
     r, track = net(run, frames=1 + 4*(frames == 'attention')), rng.integers(0, 255, (2, 32, 128, 3)).astype(np.uint8)
     def by_hand(): # for sum and attention
-        looks = [np.stack([np.roll(f, (-y, -x), (0, 1)) for f in np.pad(track, ((0, 0), (8, 8), (8, 8), (0, 0)), 'edge')])[:, 8:-8, 8:-8] for x, y in R.TTA_SHIFTS]
+        looks = [np.stack([np.roll(f, (-y, -x), (0, 1)) for f in np.pad(track, ((0, 0), (8, 8), (8, 8), (0, 0)), 'edge')])[:, 8:-8, 8:-8] for x, y in R._TTA_SHIFTS]
         return [run((f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[:, None] if frames == 'sum' else (f/np.float32(127.5) - 1).transpose(0, 3, 1, 2)[None]) for f in looks]
     def norm(x): return x - np.log(np.exp(x).sum(-1, keepdims=True))
     one, five = r.read([list(track)], frames=frames, tta_below=0)[0], r.read([list(track)], frames=frames, tta_below=1)[0]
@@ -407,8 +408,8 @@ def test_a_checkpoint_without_torch_is_one_line(weights, tmp_path):
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert r.returncode == 2 and 'needs PyTorch' in r.stderr and r.stderr.count('\n') == 1
 
-@pytest.mark.parametrize('case, text', [('no card', 'something else'), ('card no json', 'card cannot be read'), ('card a list', 'card cannot be read'), ('card not whole', 'not whole: charset, frames'), ('temperature', 'not whole: temperature'), ('temperatures', 'not whole: temperature'), ('layouts', 'not whole: layouts'), ('no height', 'not whole: height'),
-                                        ('input name', 'something else .pixels'), ('input shape', 'something else'), ('classes', 'something else .logits'), ('size', 'something else'), ('charset twice', 'more than once'), ('text', 'no ONNX file'), ('cut', 'no ONNX file'), ('empty', 'no ONNX file')])
+@pytest.mark.parametrize('case, text', [('no card', 'not an ONNX file of'), ('card no json', 'description of the network: Invalid JSON'), ('card a list', 'description of the network: Input should be an object'), ('card not whole', 'incomplete description of the network: charset, frames'), ('temperature', 'incomplete description of the network: temperature'), ('temperatures', 'incomplete description of the network: temperature'), ('layouts', 'incomplete description of the network: layouts'), ('no height', 'incomplete description of the network: height'),
+                                        ('input name', "not a plate reader: it has ..'pixels'"), ('input shape', 'not a plate reader'), ('classes', "not a plate reader: .*'logits'"), ('size', 'not a plate reader'), ('charset twice', 'more than once'), ('text', 'no ONNX file'), ('cut', 'no ONNX file'), ('empty', 'no ONNX file')])
 def test_an_onnx_file_of_something_else(case, text, onnx_bars, tmp_path):
     import onnx
     card = {'no card': None, 'card no json': '{', 'card a list': '[]', 'card not whole': json.dumps(dict(height=32, width=128)), 'temperature': json.dumps(dict(ABOUT, temperature=0)), 'temperatures': json.dumps(dict(ABOUT, temperatures=3)), 'layouts': json.dumps(dict(ABOUT, layouts=[7])), 'no height': json.dumps(dict(ABOUT, height=0)), 'classes': json.dumps(dict(ABOUT, charset='ABC')),
@@ -427,12 +428,12 @@ def test_no_reader_was_shipped(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------- the command
 def test_one_bad_file_in_a_folder_of_many(onnx_bars, tmp_path, capsys):
     for i in range(200): save(tmp_path/f'in/{i:03d}.png', f'ABC{i:04d}')
-    (tmp_path/'in/100.png').write_text('no picture')
+    (tmp_path/'in/100.png').write_text('not an image')
     assert main(['read', str(tmp_path/'in'), '--ckpt', str(onnx_bars), '--out', str(tmp_path/'out.csv'), '--batch', '16']) == 1
     out, err = capsys.readouterr()
-    assert out == '' and f'kdocr: {tmp_path}/in/100.png: no picture' in err and '200/200' in err
+    assert out == '' and f'kdocr: {tmp_path}/in/100.png: not an image' in err and '200/200' in err
     rows = list(csv.DictReader(open(tmp_path/'out.csv', encoding='utf-8')))
-    assert [r['text'] for r in rows] == [f'ABC{i:04d}' if i != 100 else '' for i in range(200)] and 'no picture' in rows[100]['error']
+    assert [r['text'] for r in rows] == [f'ABC{i:04d}' if i != 100 else '' for i in range(200)] and 'not an image' in rows[100]['error']
     assert len(rows[0]['char_confidence'].split()) == 7 and {p.name for p in tmp_path.iterdir()} == {'in', 'out.csv'}
 
 def test_formats_agree(onnx_bars, tmp_path, capsys):
@@ -441,11 +442,11 @@ def test_formats_agree(onnx_bars, tmp_path, capsys):
     for shape in ('table', 'jsonl', 'csv'):
         assert main(['read', str(a), str(b), '--ckpt', str(onnx_bars), '--format', shape]) == 1
         shown[shape], err = capsys.readouterr()
-        assert err == f'kdocr: {b}: no such file\n'
+        assert err == f'kdocr: {b}: No such file or directory\n'
     table, rows, lines = shown['table'].splitlines(), list(csv.DictReader(shown['csv'].splitlines())), [json.loads(l) for l in shown['jsonl'].splitlines()]
-    assert len(table) == 3 and TEXT in table[1] and str(a) in table[1] and 'no such file' in table[2]
+    assert len(table) == 3 and TEXT in table[1] and str(a) in table[1] and 'No such file' in table[2]
     assert [r['path'] for r in rows] == [l['path'] for l in lines] == [str(a), str(b)] and [r['text'] for r in rows] == [l['text'] for l in lines] == [TEXT, '']
-    assert float(rows[0]['confidence']) == lines[0]['confidence'] and lines[1]['error'] == rows[1]['error'] == 'no such file'
+    assert float(rows[0]['confidence']) == lines[0]['confidence'] and lines[1]['error'] == rows[1]['error'] == 'No such file or directory'
     assert main(['read', str(a), '--ckpt', str(onnx_bars), '--out', str(tmp_path/'x.jsonl')]) == 0 and json.loads((tmp_path/'x.jsonl').read_text())['text'] == TEXT
 
 @pytest.mark.parametrize('args, text', [(['--decoder', 'gredy'], "did you mean 'greedy'"), (['--frames', 'votes'], "did you mean 'vote'"), (['--format', 'json'], "did you mean 'jsonl'"), (['--layout', 'AAA0000'], "'A' is no place"),
@@ -487,9 +488,9 @@ def on_a_terminal(*args):
 def test_a_terminal_is_told_once(onnx_bars, tmp_path):
     asked = ['read', str(save(tmp_path/'a.png')), str(tmp_path/'gone.png'), '--ckpt', str(onnx_bars)]
     status, lines = on_a_terminal(*asked)
-    assert status == 1 and len(lines) == 3 and TEXT in lines[1] and lines[2].endswith('gone.png  (no such file)')
+    assert status == 1 and len(lines) == 3 and TEXT in lines[1] and lines[2].endswith('gone.png  (No such file or directory)')
     status, lines = on_a_terminal(*asked, '--format', 'jsonl') # which a person may not look through
-    assert status == 1 and len(lines) == 3 and lines[1] == f'kdocr: {tmp_path}/gone.png: no such file'
+    assert status == 1 and len(lines) == 3 and lines[1] == f'kdocr: {tmp_path}/gone.png: No such file or directory'
 
 def test_whoever_reads_us_may_have_enough(onnx_bars, tmp_path):
     "`| head -1` ends us quietly; a full disk does so in one line."
@@ -536,4 +537,4 @@ def test_the_frames_notebook(runs, tmp_path):
         assert 'No finished run' in shown and not (tmp_path/'out/figures').exists()
         return
     assert (tmp_path/'out/figures/frames.png').is_file() and (tmp_path/'out/figures/frames_reliability.pdf').is_file()
-    assert 'attention of five against one frame' in shown and 'constrained against greedy' in shown and 'damaged.png: ' in shown and 'lr-005.gone: no such file' in shown
+    assert 'attention of five against one frame' in shown and 'constrained against greedy' in shown and 'damaged.png: ' in shown and 'lr-005.gone: No such file' in shown

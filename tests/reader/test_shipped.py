@@ -125,7 +125,7 @@ def test_first_frames_of_tracks(drawn):
 
 def test_run_notebook_trains_measures_exports_and_writes_the_card(tmp_path, crops):
     out = tmp_path/'reader'
-    run_notebook('reader', out, dict(out=out, tracks=40, steps=4, batch_size=8, eval_every=4, photographs=crops, publish=out/'card'))
+    run_notebook('reader', out, dict(out=out, tracks=40, steps=4, batch_size=8, eval_every=4, unseen=crops, publish=out/'card'))
     about, run = read_json(out/'card/reader.json'), RunFolder(out/'reader')
     assert about['data']['drawn'] and '40 tracks' in about['data']['source'] and about['recipe']['lowres_aug_p'] == load_config(run.config).lowres_aug_p
     assert [a['n'] for what, a in about['accuracy'].items() if what.startswith(f'photographs ({crops.name})')] == [2]*8, 'four heights, two ways'

@@ -14,11 +14,12 @@ from kdocr.config import Config
 from kdocr.core import KdocrError
 from kdocr.decoding import log_softmax
 from kdocr.data.icpr import index_data
-from kdocr.reader.recogniser import Network, Reader, load_image
+from kdocr.reader.images import PlateInput, load_image
+from kdocr.reader.recogniser import Network, Reader, Record
 from kdocr.models.restran import make_model
 from kdocr.training.run_folder import describe, save_checkpoint
-from kdocr.reader.submit import (_agree, _asked_tracks, check_submission, _submission_line, read_together, submit,
-                                 write_submission)
+from kdocr.reader.submit import (_agree, _asked, _read_together, _submission_line, _written, _zip, check_submission,
+                                 submit)
 
 KEYS = ['track_20001', 'track_20002', 'track_20003']
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent.parent.parent/'shared/data/plates_br'
@@ -42,6 +43,14 @@ def packed(path, text=GOOD, name='submission.txt', **more):
 
 def lines(path):
     with zipfile.ZipFile(path) as z: return z.read(z.namelist()[0]).decode().splitlines()
+
+
+def write_submission(out, rows):
+    with _written(out) as tmp: _zip(tmp, out.stem, rows)
+    return out
+
+
+def _asked_tracks(folder): return _asked(folder)[1]
 
 
 def faults(path, folder): return [f.removeprefix(f'{path}: ') for f in check_submission(path, folder)]
@@ -84,7 +93,7 @@ def test_what_is_accepted(competition, tmp_path, text):
 
 @pytest.mark.parametrize('old, new, said', [
     ('track_20002,ABC1D23;0.5000\n', '', ['track_20002: missing']),
-    ('track_20002', 'track_20001', ['line 2: track_20001: a second time, it stands on line 1 already', 'track_20002: missing']),
+    ('track_20002', 'track_20001', ['line 2: track_20001: a second time, it is on line 1 already', 'track_20002: missing']),
     ('track_20002', 'track_2', ['line 2: track_2: no such track', 'track_20002: missing']),
     ('track_20002,ABC1D23', 'track_20002,ABC1D2', ["line 2: track_20002: 'ABC1D2' is no plate"]),
     ('track_20002,ABC1D23', 'track_20002,ABC1D234', ["line 2: track_20002: 'ABC1D234' is no plate"]),
@@ -108,9 +117,9 @@ def test_lines(competition, tmp_path, old, new, said):
     (lambda p: packed(p, name='s.csv'), 's.csv in it; asked is a .txt, and in no folder'), (lambda p: packed(p, name='mine/s.txt'), 'mine/s.txt in it; asked is a .txt, and in no folder'), (lambda p: packed(p, name='../s.txt'), 'in no folder'),
     (lambda p: packed(p, **{'b.txt': GOOD}), '2 files in it (submission.txt, b.txt)'),
     (lambda p: packed(p, **{'__MACOSX/._submission.txt': 'x'}), '2 files in it'),
-    (lambda p: p.write_text(GOOD), 'no zip, or a damaged one'), (lambda p: p.write_bytes(b''), 'no zip'),
-    (lambda p: p.write_bytes(packed(p).read_bytes()[:-30]), 'no zip, or a damaged one'),
-    (lambda p: p.write_bytes(packed(p).read_bytes().replace(b'ABC1D23', b'ABC1D24')), 'no zip, or a damaged one'), # its check sum tells
+    (lambda p: p.write_text(GOOD), 'no zip, or a damaged or encrypted one'), (lambda p: p.write_bytes(b''), 'no zip'),
+    (lambda p: p.write_bytes(packed(p).read_bytes()[:-30]), 'no zip, or a damaged or encrypted one'),
+    (lambda p: p.write_bytes(packed(p).read_bytes().replace(b'ABC1D23', b'ABC1D24')), 'no zip, or a damaged or encrypted one'), # its check sum tells
     (lambda p: packed(p, '\ufeff' + GOOD), 'line 1: a character that no plate has (byte 0xef)'),
     (lambda p: packed(p, GOOD.replace('20002,A', '20002,Á')), 'line 2: a character that no plate has (byte 0xc3)'),
     (lambda p: packed(p, GOOD.replace('20003', '2000\x1b')), 'line 3: a character that no plate has (byte 0x1b)'), (lambda p: packed(p, GOOD.encode('utf-16-le')), 'line 1: a character that no plate has (byte 0x00)'),
@@ -129,7 +138,7 @@ def test_whatever_packed_it(competition, tmp_path, how):
     raw = bytearray(path.read_bytes())
     for i in range(45, 60): raw[i] ^= 0x5a # behind the head
     path.write_bytes(raw)
-    assert faults(path, competition) == ['no zip, or a damaged one']
+    assert faults(path, competition) == ['no zip, or a damaged or encrypted one']
 
 
 def test_a_text_that_fills_the_memory_is_not_unpacked(competition, tmp_path):
@@ -148,27 +157,27 @@ def test_the_commands_exit_status(competition, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- reading
-def frames_of(folder): return [[load_image(p).pixels for p in t.lr] for t in _asked_tracks(folder)]
+def frames_of(folder): return [PlateInput(t.key, t.lr) for t in _asked_tracks(folder)]
 
 
 def test_one_checkpoint_is_the_reader_itself(competition, tmp_path):
     for i, how in enumerate((dict(), dict(frames=5))):
         r = Reader.load(checkpoint(tmp_path/f'{i}.pth', seed=3, **how))
-        tracks = [*frames_of(competition), frames_of(competition)[0][:2]]  # of five frames and of two
-        for got, want in zip(read_together([r], tracks), r.read(tracks, layout='either'), strict=True):
+        tracks = [*frames_of(competition), PlateInput('two', frames_of(competition)[0].frames[:2])]  # of five frames and of two
+        for got, want in zip(_read_together([r], tracks), r.read(tracks, layout='either'), strict=True):
             assert got.text == want.text and got.confidence == pytest.approx(want.confidence, rel=1e-4)
 
 
 def test_averaging_is_the_mean_of_log_probabilities(competition, tmp_path):
     readers = [Reader.load(checkpoint(tmp_path/f'{i}.pth', seed=i)) for i in range(2)]
     tracks = frames_of(competition)
-    assert [r[:2] for r in read_together([readers[0]] * 2, tracks)] == [(r.text, pytest.approx(r.confidence)) for r in read_together(readers[:1], tracks)]
+    assert [(r.text, r.confidence) for r in _read_together([readers[0]] * 2, tracks)] == [(r.text, pytest.approx(r.confidence)) for r in _read_together(readers[:1], tracks)]
 
     def says(x): return Reader(Network(lambda images: np.repeat(x, len(images), 0), dict(charset=Charset().chars, height=32, width=128, frames=2), 'it says what it is told'))
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(1, 16, 37)).astype(np.float32) * 4 for _ in range(2))
     both = says(((log_softmax(a) + log_softmax(b)) / 2).astype(np.float32))
-    (got,), (want,), (other,) = (read_together(r, tracks[:1]) for r in ([says(a), says(b)], [both], [says(a)]))
+    (got,), (want,), (other,) = (_read_together(r, tracks[:1]) for r in ([says(a), says(b)], [both], [says(a)]))
     assert got.text == want.text and got.confidence == pytest.approx(want.confidence, rel=1e-4)
     assert got.text != other.text or got.confidence != pytest.approx(other.confidence, rel=1e-2)
 
@@ -177,7 +186,7 @@ def test_the_temperature_counts(competition, tmp_path):
     path = checkpoint(tmp_path/'a.pth')
     cold = torch.load(path, weights_only=True) | dict(temperature=.05)
     save_checkpoint(tmp_path/'cold.pth', cold)
-    sure, unsure = (read_together([Reader.load(p)], frames_of(competition))[0].confidence for p in (tmp_path/'cold.pth', path))
+    sure, unsure = (_read_together([Reader.load(p)], frames_of(competition))[0].confidence for p in (tmp_path/'cold.pth', path))
     assert sure > unsure + .3
 
 
@@ -187,7 +196,7 @@ def test_what_cannot_be_averaged(competition, tmp_path, capsys):
         b = checkpoint(tmp_path/f'b{i}.pth', **values)
         with pytest.raises(KdocrError, match=rf'b{i}\.pth and .*a\.pth cannot be averaged: {said}'): _agree({str(p): Reader.load(p) for p in (a, b)})
         assert main(['submit', str(competition), '--ckpt', str(a), str(b), '--out', str(tmp_path/'s.zip')]) == 2 and not (tmp_path/'s.zip').exists()
-    with pytest.raises(KdocrError, match='words.pth: it reads no plates, 0123456789.* are not in its charset'): submit(competition, [checkpoint(tmp_path/'words.pth', charset='abc')])
+    with pytest.raises(KdocrError, match='words.pth: cannot read plates, 0123456789.* are not in its charset'): submit(competition, [checkpoint(tmp_path/'words.pth', charset='abc')])
     _agree({str(p): Reader.load(p) for p in (a, checkpoint(tmp_path/'higher.pth', height=48))}) # another height has the same steps
 
 
@@ -199,7 +208,7 @@ def test_submit(competition, tmp_path, capsys):
     assert '3 tracks' in said and '2 checkpoints averaged; checked' in said and '3 whole tracks with a known text' in said
     got = [l.split(',') for l in lines(out)]
     assert [k for k, _ in got] == KEYS and all(layout_of(x.split(';')[0]) for _, x in got) and check_submission(out, competition) == []
-    want = read_together([Reader.load(c) for c in ckpts], frames_of(competition))
+    want = _read_together([Reader.load(c) for c in ckpts], frames_of(competition))
     assert [x for _, x in got] == [f'{r.text};{r.confidence:.4f}' for r in want]
     before = out.read_bytes()
     submit(competition/'test', ckpts, out, batch=2)
@@ -207,10 +216,10 @@ def test_submit(competition, tmp_path, capsys):
 
 
 def test_the_folder_is_walked_once_and_a_place_is_asked_for_first(competition, tmp_path, monkeypatch):
-    from kdocr.reader import submit as module
+    from kdocr.reader import recogniser, submit as module
     ckpt, walked, opened = checkpoint(tmp_path/'a.pth'), [], []
     monkeypatch.setattr(module, 'index_data', lambda f: (walked.append(f), index_data(f))[1])
-    monkeypatch.setattr(module, 'load_image', lambda p: (opened.append(p), load_image(p))[1])
+    monkeypatch.setattr(recogniser, 'load_image', lambda p: (opened.append(p), load_image(p))[1])
     submit(competition, [ckpt], tmp_path/'s.zip')
     assert walked == [competition] and len(opened) == 15
     (tmp_path/'file').touch()
@@ -220,7 +229,7 @@ def test_the_folder_is_walked_once_and_a_place_is_asked_for_first(competition, t
 
 def test_what_fails_its_own_check_is_not_left(competition, tmp_path, monkeypatch):
     from kdocr.reader import submit as module
-    monkeypatch.setattr(module, 'read_together', lambda readers, tracks: [('ABC', .5, ())]*len(tracks))
+    monkeypatch.setattr(module, '_read_together', lambda readers, tracks: [Record('', text='ABC', frames=5)]*len(tracks))
     with pytest.raises(KdocrError, match="s.zip: not written, line 1: track_20001: 'ABC' is no plate"): submit(competition, [checkpoint(tmp_path/'a.pth')], tmp_path/'s.zip')
     assert {p.name for p in tmp_path.iterdir()} == {'a.pth', 'LRLPR-26'}
 
@@ -230,9 +239,9 @@ def test_frames_that_cannot_be_read(competition, tmp_path, capsys):
     (competition/'test/track_20001/lr-002.jpg').write_bytes(b'no picture')
     (competition/'test/track_20001/lr-004.jpg').unlink()
     submit(competition, [ckpt], out)
-    assert 'track_20001: 3 of 5 frames can be read (lr-002.jpg: no picture' in (err := capsys.readouterr().err) and '1 missing' in err
-    whole = [[load_image(p).pixels for p in _asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg']]
-    r = read_together([Reader.load(ckpt)], whole)[0]
+    assert 'track_20001: 3 of 5 frames can be read (1 missing; lr-002.jpg: not an image' in capsys.readouterr().err
+    whole = [PlateInput('whole', [p for p in _asked_tracks(competition)[0].lr if p.name != 'lr-002.jpg'])]
+    r = _read_together([Reader.load(ckpt)], whole)[0]
     assert lines(out)[0] == _submission_line('track_20001', r.text, r.confidence)
     before = out.read_bytes()
     for f in (competition/'test/track_20003').iterdir(): f.write_bytes(b'')
