@@ -24,9 +24,11 @@ app = App('kdocr', version=kdocr.__version__, help_format='markdown', default_pa
 app.register_install_completion_command()
 
 # %% ../nbs/80_cli.ipynb #6e8dfc03
-def _path(type_, tokens):
-    if not tokens[0].value: raise ValueError('an empty path')
-    return Path(tokens[0].value)
+def _paths(type_, tokens):
+    if not all(token.value for token in tokens): raise ValueError('an empty path')
+    return [Path(token.value) for token in tokens]
+
+def _path(type_, tokens): return _paths(type_, tokens)[0]
 
 def _finite(type_, seconds):
     if seconds is not None and not 0 < seconds < float('inf'): raise ValueError('seconds above 0')
@@ -37,7 +39,7 @@ def _pairs(type_, tokens):
 
 _Path = Annotated[Path, Parameter(converter=_path)]
 _Seconds = Annotated[float|None, Parameter(validator=_finite)]
-_Files = Annotated[list[_Path], Parameter(consume_multiple=True)]
+_Files = Annotated[list[Path], Parameter(converter=_paths, consume_multiple=True)]
 _Pairs = Annotated[list, Parameter(n_tokens=2, converter=_pairs, allow_leading_hyphen=True, show_default=False)]
 
 # %% ../nbs/80_cli.ipynb #949015d4
@@ -210,8 +212,7 @@ def _compare(runs:_Files, /, *, out:_Path=Path('compare'), control:str=''):
     _compare_into(out, runs, control)
 
 def _compare_into(out, runs, control=''):
-    from kdocr.analysis.compare import compare_runs
-    from kdocr.analysis.finished_runs import find_runs, read_run
+    from kdocr.analysis.compare import compare_runs, find_runs, read_run
     done, going = find_runs(runs)
     for path in going: print(f'kdocr: {path}: not finished, left out', file=sys.stderr)
     text, kept, gains = compare_runs([read_run(p) for p in done], control)
