@@ -69,7 +69,7 @@ def _synth(a):
 
 def _check(a):
     from kdocr.charset import Charset, read_charset
-    from kdocr.data.icpr import check
+    from kdocr.data.check import check
     return 1 if check(a.folder, Charset(read_charset(a.charset)), a.width).faults else 0
 
 def _pack(a):

@@ -12,8 +12,10 @@ from kdocr.cli import main
 from kdocr.config import load_config
 from kdocr.core import KdocrError, read_json
 from kdocr.data.batches import open_data
-from kdocr.data.icpr import hidden_folder, check, index_data, make_split, text_faults
+from kdocr.data.check import check, text_faults
+from kdocr.data.icpr import hidden_folder, index_data
 from kdocr.data.pack import _open_pack
+from kdocr.data.split import make_split
 from kdocr.training.command import train_command as train_kd
 
 WORDS = ['ab', 'né', 'ñandú', 'a-b', 'bb', 'ça va', 'été', 'da', 'ébène', 'nu', 'd-é', 'vue']
