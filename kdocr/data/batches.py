@@ -24,7 +24,7 @@ from ..charset import LAYOUTS, Charset, fits
 from ..config import Config
 from .augment import apply_light, draw_geometry, draw_light, draw_lowres, apply_lowres, warp
 from .check import text_faults
-from .icpr import Index, hidden_folder, index_data
+from .icpr import hidden_folder, index_data
 from .pack import Pack, faulty, pack
 from .split import Split, shared_split
 from .synth import synth
@@ -76,10 +76,8 @@ def to_input(x:Tensor) -> Tensor: # (b,f,H,W,3) uint8 RGB -> (b,f,3,H,W) in [-1,
 # %% ../../nbs/data/16_batches.ipynb #000d
 _GAP = 0.44  # of the width: where the letters end, (39 + 3*46)/400 mm
 
-def _join_halves(b:PlateBatch,    # pictures (n,f,H,W,3) uint8
-                 share:float,     # of the tracks that get another's right part
-                 generator:torch.Generator) -> PlateBatch: # with new texts, and keys `left+right`
-    "Return the tracks, some with the right part of another track of the batch that has the same layout."
+def _join_halves(b, share, generator): # b: pictures (n,f,H,W,3) uint8
+    "Give a share of the tracks the right part of another of the same layout, with new texts and keys `left+right`."
     n, w = len(b), b.images.shape[3]
     other = torch.randperm(n, generator=generator)
     alike = torch.tensor([b.layouts[i] == b.layouts[j] for i, j in enumerate(other)])
@@ -124,11 +122,11 @@ class _PlateDataset(Dataset):
         self.keys, self.rows = list(keys), np.array([row[k] for k in keys], dtype=int)
         self.texts = [pack.texts[i] for i in self.rows]
         self.sets = list(combinations(range(of), frames)) # of frames that a model may see; their order does not matter
-        self.resident = {} # arrays of the pack that `to_device_memory` copied to a device, by name
         self.maps = None   # (n,k,3,3), or None where they are drawn anew
         if self.aug_strength and n_fixed_augs:
             g = torch.Generator().manual_seed(seed_of(seed, 'maps'))
-            self.maps = draw_geometry(len(self) * n_fixed_augs, self.aug_strength, g).view(len(self), n_fixed_augs, 3, 3)
+            maps = draw_geometry(len(self) * n_fixed_augs, self.aug_strength, g)
+            self.maps = maps.view(len(self), n_fixed_augs, 3, 3)
 
     def __len__(self): return len(self.keys)
 
@@ -147,11 +145,10 @@ class _PlateDataset(Dataset):
     def take(self, name:str, # an array of the pack
              *at,            # one index per axis, numpy
              device='cpu') -> Tensor: # what is there, on the device
-        "Gather from the device's memory where `to_device_memory` copied the array, else from the mapped file."
-        here = self.resident.get(name)
-        if here is None: return to_device(torch.from_numpy(getattr(self.pack, name)[at]), device)
-        at = (torch.from_numpy(np.ascontiguousarray(i)) for i in at)
-        return here[tuple(to_device(i, here.device) for i in at)].to(device)
+        "Gather from the mapped file, or from the device's memory where `to_device_memory` copied the array."
+        x = getattr(self.pack, name)
+        if isinstance(x, np.ndarray): return to_device(torch.from_numpy(x[at]), device)
+        return x[tuple(to_device(torch.from_numpy(np.ascontiguousarray(i)), x.device) for i in at)].to(device)
 
     @property
     def fixed(self) -> str|None:
@@ -191,7 +188,8 @@ class _PlateDataset(Dataset):
         if self.fixed is None and which is not None: views = (which * k + pick)[part]
         if self.lowres_aug_p: far = draw_lowres(n, self.lowres_aug_p, g)[part]
         if self.aug_strength:
-            theta = self.maps[b.rows, pick[part]] if self.maps is not None else draw_geometry(n, self.aug_strength, g)[part]
+            if self.maps is None: theta = draw_geometry(n, self.aug_strength, g)[part]
+            else: theta = self.maps[b.rows, pick[part]]
             light = draw_light(n, self.aug_strength, g)
             images, *rest = warp(theta, *(x for x in (images, clean) if x is not None)) # one map for both
             clean = rest[0] if rest else None
@@ -220,9 +218,11 @@ class ICPR_LPR_Distill_Dataset(_PlateDataset):
                  clean_hr_guided:bool=True,  # False: a standard batch, `clean_hr` None
                  **kwargs):
         shares = {'lr': 0., 'degraded': 1., 'mix': degraded_frac}
-        if student_input not in shares: raise KdocrError(f'student_input: {student_input!r}; known: {", ".join(shares)}')
+        if student_input not in shares:
+            raise KdocrError(f'student_input: {student_input!r}; known: {", ".join(shares)}')
         if (clean_hr_guided or hr_mix_p) and pack.hr is None:
-            raise KdocrError(f'{pack.folder}: these tracks have no HR frames; clean_hr_guided: false and hr_mix_p: 0 need none')
+            raise KdocrError(f'{pack.folder}: these tracks have no HR frames; '
+                             'clean_hr_guided: false and hr_mix_p: 0 need none')
         if student_input != 'lr' and pack.degraded is None:
             raise KdocrError(f'{pack.folder}: no degraded copies in this pack; make it with n_degraded >= 1')
         super().__init__(pack, *args, **kwargs)
@@ -235,7 +235,7 @@ class ICPR_LPR_Distill_Dataset(_PlateDataset):
         if self.degraded_p and self.train:
             copies = torch.randint(self.pack.degraded.shape[1], copies.shape, generator=g).numpy()
         if self.hr_mix_p: near = torch.rand(len(at), generator=g).numpy() < self.hr_mix_p
-        at, frames, copies = at[part, None], frames[part], copies[part]                     # (b,1) broadcasts with (b,f)
+        at, frames, copies = at[part, None], frames[part], copies[part] # (b,1) broadcasts with (b,f)
         some, near = np.flatnonzero(some[part]), np.flatnonzero(near[part])
         images, heights = self.take('lr', at, frames, device=device), self.pack.heights['lr'][at, frames]
         for rows, name, index in ((some, 'degraded', (at, copies, frames)), (near, 'hr', (at, frames))):
@@ -271,7 +271,7 @@ def teacher_view(data:ICPR_LPR_Distill_Dataset,
 # %% ../../nbs/data/16_batches.ipynb #new2837
 _SPARE = 0.4  # of a device's free memory that is left to the networks
 
-def _free_memory(device:torch.device) -> int: # bytes
+def _free_memory(device): # bytes
     return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else psutil.virtual_memory().available
 
 def to_device_memory(sets, # data sets; None among them are passed over
@@ -280,18 +280,19 @@ def to_device_memory(sets, # data sets; None among them are passed over
     "Copy the packs to the device's memory. Raises `KdocrError` where data_on is 'device' and they do not fit."
     device, packs = torch.device(device), {id(s.pack): s.pack for s in sets if s is not None}
     if data_on == 'disk' or (data_on == 'auto' and device.type == 'cpu'): return 0
-    arrays = {i: {k: getattr(p, k) for k in ('lr', 'hr', 'degraded') if getattr(p, k) is not None} for i, p in packs.items()}
-    needed, free = sum(x.nbytes for a in arrays.values() for x in a.values()), _free_memory(device)
+    def arrays(p): return {k: x for k in ('lr', 'hr', 'degraded') if (x := getattr(p, k)) is not None}
+    needed, free = sum(x.nbytes for p in packs.values() for x in arrays(p).values()), _free_memory(device)
     if needed > (1 - _SPARE) * free:
         if data_on == 'auto': return 0
-        raise KdocrError(f'data_on: device, but the packed pictures need {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free '
-                         f'on {device}, and {_SPARE:.0%} is left to the networks; data_on: disk reads them from disk')
-    there = {i: {k: torch.from_numpy(np.array(x)).to(device) for k, x in a.items()} for i, a in arrays.items()}
+        raise KdocrError(f'data_on: device, but the packed pictures need {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free on '
+                         f'{device}, and {_SPARE:.0%} is left to the networks; data_on: disk reads them from disk')
+    def copied(p): return replace(p, **{k: torch.tensor(np.asarray(x), device=device) for k, x in arrays(p).items()})
+    packs = {i: copied(p) for i, p in packs.items()}
     for s in sets:
-        if s is not None: s.resident = there[id(s.pack)]
+        if s is not None: s.pack = packs[id(s.pack)]
     return needed
 
-# %% ../../nbs/data/16_batches.ipynb #83fdd773
+# %% ../../nbs/data/16_batches.ipynb #0b7df94b
 _SPLIT_SEED = 0
 
 def labelled(texts,       # of tracks
@@ -319,7 +320,7 @@ class Data:
     root:Path
     cache:Path              # folder of packs, and of what else is computed once
 
-def _bad_texts(cfg, found:Index) -> dict[str, str]: # key -> what is wrong with its text
+def _bad_texts(cfg, found): # {key: what is wrong with its text}
     if not found.lines: return {}
     odd = next((t for t in found.train if not (t.layout in LAYOUTS and fits(t.text, t.layout))), None)
     if cfg.recombine_p and odd:
@@ -327,7 +328,7 @@ def _bad_texts(cfg, found:Index) -> dict[str, str]: # key -> what is wrong with 
                          f'and {odd.text!r} is no plate ({found.place(odd)})')
     return {k: str(f) for k, f in text_faults(found, Charset(cfg.charset), cfg.width // 8).items()}
 
-def _dataset(cfg, packed, keys, train:bool): # HR for a teacher; LR to validate a student, its inputs to train it
+def _dataset(cfg, packed, keys, train): # HR for a teacher; LR to validate a student, its inputs to train it
     how = dict(frames=cfg.frames, aug_strength=cfg.aug_strength, seed=cfg.seed, train=train,
                recombine_p=cfg.recombine_p, lowres_aug_p=cfg.lowres_aug_p)
     if cfg.mode == 'teacher': return ICPR_LPR_HR_Dataset(packed, keys, **how)
@@ -351,10 +352,11 @@ def open_data(cfg:Config) -> Data:
     faults = [*map(str, found.faults), *bad.values(), *bad_test.values(), *unread.values()]
     if faults and not cfg.skip_faulty: raise faulty(faults)
     def usable(keys): return [k for k in keys if k not in bad and k not in bad_test and k not in unread]
-    split = shared_split(home, found.train, cfg.val_frac, _SPLIT_SEED, fallback=home,
-                         test_texts={t.text for t in found.test if t.text}, named=found.val)
+    test_texts = {t.text for t in found.test if t.text}
+    split = shared_split(home, found.train, cfg.val_frac, _SPLIT_SEED, test_texts, found.val)
     training = _dataset(cfg, train, usable(split.train), True)
     if cfg.label_frac < 1: training = _hide_labels(cfg, training)
     scored = usable(test.keys) if test else []
     if scored: scored = ICPR_LPR_Distill_Dataset(test, scored, cfg.frames, train=False, clean_hr_guided=False)
-    return Data(training, _dataset(cfg, train, usable(split.val), False), scored or None, split, found.fingerprint, root, cache)
+    validation = _dataset(cfg, train, usable(split.val), False)
+    return Data(training, validation, scored or None, split, found.fingerprint, root, cache)

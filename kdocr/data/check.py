@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['text_faults', 'check']
 
-# %% ../../nbs/data/18_check.ipynb #58e64a05
+# %% ../../nbs/data/18_check.ipynb #5268461c
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..core import KdocrError, nearest, progress
 from .icpr import Fault, Index, Track, index_data, read_image
 
 # %% ../../nbs/data/18_check.ipynb #001f
-def _text_fault(t:Track, charset:Charset, steps:int, plate:bool) -> str|None:
+def _text_fault(t, charset, steps, plate): # what is wrong with the track's text, or None
     try: charset.encode(t.text)
     except KdocrError as e: return str(e)
     need = min_steps(t.text)
@@ -29,8 +29,9 @@ def text_faults(found:Index, charset:Charset,
                 steps:int # of time that the model has
                ) -> dict[str, Fault]: # by the track's key
     "Return the texts that cannot be learnt, or do not fit their layout."
-    faults = {t.key: (t, _text_fault(t, charset, steps, not found.lines)) for t in (*found.train, *found.test) if t.text is not None}
-    return {k: Fault(found.place(t), what) for k, (t, what) in faults.items() if what}
+    known = [t for t in (*found.train, *found.test) if t.text is not None]
+    faults = [(t, _text_fault(t, charset, steps, not found.lines)) for t in known]
+    return {t.key: Fault(found.place(t), what) for t, what in faults if what}
 
 # %% ../../nbs/data/18_check.ipynb #0021
 def _n(things, what): return f'{len(things):,} {what}{"s" * (len(things) != 1)}'
@@ -48,9 +49,10 @@ class _Report:
         head = (f'{i.root}: {_n(i.train, "training track")}, {_n(i.test, "test track")} ({labelled} with a text), '
                 f'{_n(i.pictures, "picture")}')
         end = _n(self.faults, 'fault') + ':' * bool(self.faults)
-        return '\n'.join([head, *_counts(i), *_quartiles(self.sizes), *_texts(i), end, *(f'  {f}' for f in self.faults)])
+        lines = [head, *_counts(i), *_quartiles(self.sizes), *_texts(i), end]
+        return '\n'.join(lines + [f'  {f}' for f in self.faults])
 
-def _counts(i:Index) -> list[str]:
+def _counts(i):
     parts = [('train', t) for t in i.train] + [('test', t) for t in i.test]
     rows = Counter((part, t.scenario, t.layout or 'unknown') for part, t in parts)
     layouts = sorted({layout for _, _, layout in rows})
@@ -61,7 +63,7 @@ def _counts(i:Index) -> list[str]:
         lines.append(f'  {name:<16}' + ''.join(f'{rows[part, scenario, layout]:>12}' for layout in layouts))
     return lines
 
-def _quartiles(sizes) -> list[str]:
+def _quartiles(sizes):
     lines = ['pixels, quartiles of width x height']
     for kind, wh in sizes.items(): # (n,2)
         if not len(wh): continue
@@ -71,17 +73,17 @@ def _quartiles(sizes) -> list[str]:
         lines.append(f'  {kind.upper():<16}{quartiles:>24}  (all within {left}-{right} x {low}-{high})')
     return lines
 
-def _texts(i:Index) -> list[str]:
+def _texts(i):
     count, test = Counter(t.text for t in i.train), Counter(t.text for t in i.test if t.text)
     often = ', '.join(f'{text} ({n})' for text, n in count.most_common(3) if n > 1)
     lengths = sorted(Counter(len(t.text) for t in (*i.train, *i.test) if t.text).items())
-    repeated = sum(n > 1 for n in count.values())
+    often, repeated = often and ': ' + often, sum(n > 1 for n in count.values())
     return [f'text lengths: {", ".join(f"{k} ({n} tracks)" for k, n in lengths)}',
-            f'texts: {len(count)} on {count.total()} training tracks, {repeated} of them on more than one{often and ": " + often}',
+            f'texts: {len(count)} on {count.total()} training tracks, {repeated} of them on more than one{often}',
             f'texts of the test part that training tracks show too: {len(count.keys() & test.keys())}']
 
 # %% ../../nbs/data/18_check.ipynb #0025
-def _read(pictures) -> list[tuple[str, int, int]|Fault]: # lr or hr, width and height; or what is wrong with the picture
+def _read(pictures): # of each: (lr or hr, width, height), or a fault
     out = []
     for path, kind in pictures:
         try: h, w, _ = read_image(path).shape

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 import cv2
 import numpy as np
+from numpy.random import Generator
 from .plates import VARIETY
 
 # %% ../../nbs/data/11_degrade.ipynb #0005
@@ -37,7 +38,7 @@ class Conditions:
     bloom:float    # light that spills from what is brighter than 150, as a share
 
 # %% ../../nbs/data/11_degrade.ipynb #0008
-def track_conditions(rng:np.random.Generator,
+def track_conditions(rng:Generator,
                      scenario:str='Scenario-A',
                      variety:float=VARIETY, # 0..1: odds of glare and of too much light
                     ) -> Conditions:
@@ -58,7 +59,7 @@ def track_conditions(rng:np.random.Generator,
 # %% ../../nbs/data/11_degrade.ipynb #000b
 def light(picture:np.ndarray,  # (h,w,3) uint8 RGB
           c:Conditions,
-          rng:np.random.Generator) -> np.ndarray: # (h,w,3) uint8
+          rng:Generator) -> np.ndarray: # (h,w,3) uint8
     "Return the scene under the track's light: exposure, slope, night, glare, rain, haze."
     h, w = picture.shape[:2]
     x, y = np.linspace(-.5, .5, w, dtype=np.float32)[None], np.linspace(-.5, .5, h, dtype=np.float32)[:, None]
@@ -88,7 +89,7 @@ def _rain(picture, share, rng):
 def camera(picture:np.ndarray, # (h,w,3) uint8, larger than `size`
            size:tuple,         # (width, height) in px
            c:Conditions,
-           rng:np.random.Generator) -> np.ndarray: # (height,width,3) uint8
+           rng:Generator) -> np.ndarray: # (height,width,3) uint8
     "Return the picture as the camera stores it, with `size` pixels."
     per = picture.shape[1]/size[0] # our px for each of the camera's
     seen = cv2.GaussianBlur(picture, (0, 0), max(.3, c.blur*per))
@@ -120,7 +121,7 @@ def jpeg(picture:np.ndarray, quality:int) -> np.ndarray:
 
 # %% ../../nbs/data/11_degrade.ipynb #0011
 def degrade(hr:np.ndarray,             # (h,w,3) uint8
-            rng:np.random.Generator,
+            rng:Generator,
             size:tuple|None=None,      # (width, height); None: 0.5 to 0.65 of the picture's
             strength:float=1.,         # of blur, noise and compression; 0: shrink and sharpen only
             conditions:Conditions|None=None, # the track's; None: drawn
@@ -143,13 +144,13 @@ class _Pose:
     tilt:tuple   # perspective, shares of the size
     margin:tuple # car around the plate: left, top, right, bottom, shares of the crop
 
-def draw_pose(rng:np.random.Generator, variety:float=VARIETY) -> _Pose:
+def draw_pose(rng:Generator, variety:float=VARIETY) -> _Pose:
     "Draw a pose for a track."
     v, normal = variety, rng.normal
     return _Pose(normal(0, .017 + .028*v), normal(0, .03 + .07*v), tuple(normal(0, .006 + .014*v, 2)),
                  tuple(rng.uniform(-.04*v, .055 + .045*v, 4)))
 
-def _quad(pose:_Pose, size:tuple, rng:np.random.Generator) -> np.ndarray: # (4,2) float32, px of the crop
+def _quad(pose, size, rng): # (4,2) float32, px of the crop
     "Return the places of the plate's four corners in a crop of `size`, with the frame's jitter."
     w, h = size
     left, top, right, bottom = np.float32(pose.margin) + rng.normal(0, .008, 4)
@@ -173,7 +174,7 @@ def _warp_view(picture:np.ndarray,  # a mounted plate
     return cv2.warpPerspective(picture, m, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../../nbs/data/11_degrade.ipynb #0017
-def _near(c:Conditions, rng:np.random.Generator,
+def _near(c:Conditions, rng:Generator,
           variety:float=VARIETY, # 0..1: odds and softness of soft ones
          ) -> Conditions:
     "Return the conditions of the HR frames of a track that has `c`: the same light, another zoom."
@@ -185,7 +186,7 @@ def _near(c:Conditions, rng:np.random.Generator,
 
 def draw_frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
                 source:np.ndarray,  # (4,2) its corners
-                c:Conditions, pose:_Pose, rng:np.random.Generator,
+                c:Conditions, pose:_Pose, rng:Generator,
                 low:bool,           # LR or HR
                 variety:float=VARIETY,
                 n:int=5) -> list[tuple[np.ndarray, np.ndarray]]: # a frame and its corners (4,2), each

@@ -8,7 +8,6 @@ __all__ = ['FRAMES', 'damage_of', 'read_image', 'Track', 'Fault', 'annotation', 
 
 # %% ../../nbs/data/12_icpr.ipynb #0002
 import csv, gc, json, os, re, time, unicodedata, zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,7 +27,8 @@ def damage_of(data:bytes) -> str|None:
     while at + 12 <= len(data): # length, name, body, checksum
         end = at + 8 + int.from_bytes(data[at:at + 4], 'big')
         if end + 4 > len(data): break
-        if zlib.crc32(data[at + 4:end]) != int.from_bytes(data[end:end + 4], 'big'): return 'damaged PNG (a check sum is wrong)'
+        checksum = int.from_bytes(data[end:end + 4], 'big')
+        if zlib.crc32(data[at + 4:end]) != checksum: return 'damaged PNG (a check sum is wrong)'
         if data[at + 4:at + 8] == b'IEND': return None
         at = end + 4
     return 'truncated PNG'
@@ -56,7 +56,7 @@ class Track:
     lr_files:tuple[str, ...] = field(repr=False) # five names, by number; () where a CSV lists no LR pictures
     hr_files:tuple[str, ...] = field(repr=False) # five, by number; () in the test part
     corners:dict = field(default_factory=dict, repr=False, hash=False) # file -> corner -> [x, y]; {} in Scenario-B
-    stamps:tuple[tuple[int, int], ...] = field(default=(), repr=False) # bytes and time of the last change in ns, lr then hr
+    stamps:tuple[tuple[int, int], ...] = field(default=(), repr=False) # bytes, time of change in ns: of lr, then hr
 
     @property
     def lr(self) -> tuple[Path, ...]: return tuple(self.folder/f for f in self.lr_files)
@@ -86,13 +86,12 @@ def annotation(path:str|Path) -> tuple[str, str|None, dict]: # text, layout if i
 
 # %% ../../nbs/data/12_icpr.ipynb #0010
 _FRAME = re.compile(r'(lr|hr)-0*([1-5])\.(?:png|jpe?g)', re.IGNORECASE)
-_Files = dict[str, tuple[int, int]] # a folder's files: name -> bytes, and time of the last change in ns
 
 @lru_cache(maxsize=4096)
-def _frame(name:str) -> tuple[str, int]|None: # lr or hr, and its number; None where it is no frame
+def _frame(name): # lr or hr, and its number; None where it is no frame
     return (m[1].lower(), int(m[2])) if (m := _FRAME.fullmatch(name)) else None
 
-def _frames(folder:Path, files:_Files, kind:str) -> tuple[tuple[str, ...], list[Fault]]: # names by number; the faults
+def _frames(folder, files, kind): # (names by number, faults)
     found, faults = {}, []
     for name, (size, _) in files.items():
         if not (at := _frame(name)) or at[0] != kind: continue
@@ -105,8 +104,8 @@ def _frames(folder:Path, files:_Files, kind:str) -> tuple[tuple[str, ...], list[
     return tuple(found[n] for n in sorted(found)), faults + gaps
 
 # %% ../../nbs/data/12_icpr.ipynb #0013
-def _walk(folder:str, faults:list[Fault], above:tuple[str, ...]=(), depth:int=16) -> Iterator[tuple[tuple, _Files]]:
-    "Yield every track folder: the names of the folders from the top down to it, and its files."
+def _walk(folder, faults, above=(), depth=16):
+    "Yield every track folder: the names of the folders from the top down to it; and name -> (bytes, ns of change)."
     try:
         with os.scandir(folder) as it: entries = sorted(it, key=lambda e: e.name)
         stats = {e.name: e.stat() for e in entries if (_frame(e.name) or e.name == 'annotations.json') and e.is_file()}
@@ -121,18 +120,19 @@ def _walk(folder:str, faults:list[Fault], above:tuple[str, ...]=(), depth:int=16
 
 # %% ../../nbs/data/12_icpr.ipynb #15b73159
 @lru_cache(maxsize=4096)
-def _place(root:str, above:tuple[str, ...]) -> tuple[str, str|None, str|None]: # part, scenario and layout
-    def last(pattern, names): return next((m[1] for n in reversed(names) if (m := re.search(pattern, n, re.IGNORECASE))), None)
+def _place(root, above): # part, scenario and layout; None where no folder's name tells
+    def last(pattern, names):
+        found = (re.search(pattern, n, re.IGNORECASE) for n in reversed(names))
+        return next((m[1] for m in found if m), None)
     scenario, word = last(r'scenario[-_ ]?([ab])\b', above), r'(?<![a-z])(train|test)(?![a-z])'
     part = last(word, above) or ('train' if scenario else last(word, (root,))) or 'train'
     return part.lower(), scenario and scenario.upper(), next((n for n in LAYOUTS if n in above), None)
 
-def _read_annotation(path:Path) -> tuple|str: # of `annotation`, or what is wrong with the file
+def _read_annotation(path): # as `annotation`, or what is wrong with the file
     try: return annotation(path)
     except KdocrError as e: return str(e).removeprefix(f'{path}: ')
 
-def _track(root:str, folder:Path, above:tuple[str, ...], files:_Files,
-           about:tuple|str|None) -> tuple[str, Track, list[Fault]]: # part, track, faults
+def _track(root, folder, above, files, about): # part, track, faults
     plain = above and re.fullmatch(r'track_\d+', above[-1]) # a name that tells nothing
     part, scenario, layout = _place(root, above[:-1] if plain else above)
     (lr, faults), hr, text, corners = _frames(folder, files, 'lr'), (), None, {}
@@ -147,15 +147,15 @@ def _track(root:str, folder:Path, above:tuple[str, ...], files:_Files,
                        tuple(files[f] for f in (*lr, *hr))), faults
 
 # %% ../../nbs/data/12_icpr.ipynb #0019
-def _labels(path:Path) -> dict[str, tuple[str, str]]: # track -> text, layout
+def _labels(path): # {track: (text, layout)}
     with open(path, newline='', encoding='utf-8-sig') as f:
         rows = csv.DictReader(f)
         absent = {'track', 'text'} - set(rows.fieldnames or ())
         if absent: raise KdocrError(f'{path}: no column {" nor ".join(sorted(absent))}; needed are track,text,layout')
-        texts = {r['track']: (r['text'].strip(), (r.get('layout') or '').strip()) for r in rows if r['track'] and r['text']}
-    return {k: (text, layout or layout_of(text) or '') for k, (text, layout) in texts.items()}
+        rows = [(r['track'], r['text'].strip(), (r.get('layout') or '').strip()) for r in rows if r['text']]
+    return {track: (text, layout or layout_of(text) or '') for track, text, layout in rows if track}
 
-def _labelled(test:list[Track], faults:list[Fault]) -> list[Track]:
+def _labelled(test, faults):
     "Return the test tracks with the texts of the files next to them."
     known = {}
     for path in sorted({f/'test_labels.csv' for p in {t.folder.parent for t in test} for f in (p, p.parent)}):
@@ -168,7 +168,7 @@ def _labelled(test:list[Track], faults:list[Fault]) -> list[Track]:
 # %% ../../nbs/data/12_icpr.ipynb #602eb6bc
 _INDEX_FORMAT = 1 # of the cache; raise it when `annotation` comes to read more or otherwise
 
-def _annotations(folders:list[Path], walk, cache:Path|None) -> list[tuple|str|None]: # None where there is no file
+def _annotations(folders, walk, cache): # one per folder; None where there is no file
     seal = dict(format=_INDEX_FORMAT, walk=digest(repr(walk).encode()))
     try: known = read_sealed(cache/'index.json', **seal) if cache else None
     except KdocrError: known = None # absent, damaged or of other files: read them
@@ -193,7 +193,7 @@ class Index:
     seen:list[Track]   # all of them, those left out too
     lines:dict[str, int] = field(default_factory=dict, repr=False) # key -> its first line in the CSV; {} for a folder
     val:frozenset[str] = frozenset() # keys that the CSV names for validation
-    asked:tuple[Track, ...] = field(default=(), repr=False) # the whole test part, with those left out of `test`, unlabelled
+    asked:tuple[Track, ...] = field(default=(), repr=False) # the whole test part, those left out too, unlabelled
 
     @property
     def pictures(self) -> dict[Path, str]: # every frame that has bytes -> lr or hr
@@ -234,63 +234,65 @@ def read_rows(path:Path) -> list[tuple[int, list[str], dict]]: # line number, fa
         if names.count(c) > 1: refuse(f'two columns are called {c}')
     if 'text' not in names or not pictures:
         refuse(f'needed are the columns hr,lr,text or image,text; there are {",".join(names) or "none"}')
-    if 'image' in pictures and len(pictures) > 1: refuse('image is a picture without a partner; take it out, or hr and lr')
+    if 'image' in pictures and len(pictures) > 1: refuse('image is a picture without a partner: not with hr or lr')
     if not rows: refuse('no rows in it')
     out = []
     for line, cells in rows:
         row = dict.fromkeys(_COLUMNS, '') | {k: c.strip() for k, c in zip(names, cells)}
+        row['text'] = unicodedata.normalize('NFC', row['text'])
         odd = f'{len(cells)} cell{"s" * (len(cells) != 1)}, the header has {len(names)}'
-        out.append((line, [odd] * (len(cells) != len(names)), row | dict(text=unicodedata.normalize('NFC', row['text']))))
+        out.append((line, [odd] * (len(cells) != len(names)), row))
     return out
 
 # %% ../../nbs/data/12_icpr.ipynb #6b8c908c
-def _stamp(path:Path) -> tuple[int, int]: # bytes, and time of the last change in ns
+def _stamp(path): # bytes, and time of the last change in ns
     try: s = os.stat(path)
     except OSError as e: raise KdocrError(e.strerror) from None
     except ValueError: raise KdocrError('no path: there is a NUL in it') from None
     if not s.st_size: raise KdocrError('empty file (0 bytes)')
     return s.st_size, s.st_mtime_ns
 
-def _row_faults(row, first, names, files) -> Iterator[str]: # first: the track's first row; files: its frames so far, by column
+def _row_faults(row, key, names, before): # before: the track's rows so far
+    first = before[0][1] if before else row
+    if before and not row['track']: yield f'{key} stands on line {before[0][0]} already'
     if row['split'] and row['split'] not in _SPLITS: yield f'split {row["split"]!r}{nearest(row["split"], _SPLITS)}'
     if not row['text'] and row['split'] != 'test': yield 'the text is empty'
     for k in ('text', 'split', 'scenario', 'layout'):
-        if row['track'] and row[k] != first[k]:
-            yield f'{k} {row[k]!r}, but an earlier row of track {row["track"]!r} has {first[k]!r}'
+        if row['track'] and row[k] != first[k]: yield f'{k} {row[k]!r}, but an earlier row of track {key!r} has {first[k]!r}'
     for k in names:
         if not row[k]: yield f'no path under {k}'
-    if any(len(f) == FRAMES for f in files.values()): yield f'track {row["track"]!r} has {FRAMES} frames already'
+    if len(before) == FRAMES: yield f'track {key!r} has {FRAMES} frames already'
 
-def _listed(path:Path) -> Index:
+def _listed(path):
     "Return the tracks that a CSV lists. Raises `KdocrError` as `read_rows` does."
     rows, faults, tracks, wrong = read_rows(path), [], {}, set()
     columns = [k for k in ('lr', 'hr', 'image') if any(r[k] for *_, r in rows)]
-    def fault(line, what, key):
-        faults.append(Fault(Path(f'{path}:{line}'), what))
-        wrong.add(key)
     for line, odd, row in rows:
-        names = [k for k in columns if row[k] or k != 'hr' or row['split'] != 'test'] or columns # a test track needs no HR
-        key = row['track'] or row[names[0]] or f'line {line}'
-        start, first, files = tracks.setdefault(key, (line, row, {k: {} for k in names}))
-        if start != line and not row['track']: odd = [*odd, f'{key} stands on line {start} already']
-        for what in (*odd, *_row_faults(row, first, names, files)): fault(line, what, key)
-        for k in names:
-            try: stamp = _stamp(path.parent/row[k]) if row[k] else (0, 0)
-            except KdocrError as e: fault(line, f'{row[k]}: {e}', key)
-            else: files.setdefault(k, {})[line, row[k]] = stamp
-    most = max(len(f) for _, _, files in tracks.values() for f in files.values())
-    found = Index(path, [], [], faults, [], {k: line for k, (line, *_) in tracks.items()},
-                  frozenset(k for k, (_, row, _) in tracks.items() if row['split'] == 'val' and k not in wrong))
-    for key, (_, row, files) in tracks.items():
+        needs_hr = row['split'] != 'test'
+        names = [k for k in columns if row[k] or k != 'hr' or needs_hr] or columns
+        key, stamps = row['track'] or row[names[0]] or f'line {line}', {}
+        of_track = tracks.setdefault(key, [])
+        odd = [*odd, *_row_faults(row, key, names, of_track)]
+        for k in filter(row.get, names):
+            try: stamps[k] = _stamp(path.parent/row[k])
+            except KdocrError as e: odd.append(f'{row[k]}: {e}')
+        of_track.append((line, row, stamps))
+        faults += [Fault(Path(f'{path}:{line}'), what) for what in odd]
+        if odd: wrong.add(key)
+    most, found = max(map(len, tracks.values())), Index(path, [], [], faults, [])
+    for key, of_track in tracks.items():
+        line, row, _ = of_track[0]
         def frames(*columns): # name and stamp of each, repeated up to the longest track's number
-            own = [(name, stamp) for k in columns for (_, name), stamp in files.get(k, {}).items()]
+            own = [(r[k], stamps[k]) for _, r, stamps in of_track for k in columns if k in stamps]
             return [own[i % len(own)] for i in range(most)] if own else []
         lr, hr = frames('lr'), frames('hr', 'image')
         t = Track(key, row['text'] or None, row['layout'] or layout_of(row['text']) or '', row['scenario'], path.parent,
                   tuple(f for f, _ in lr), tuple(f for f, _ in hr), stamps=tuple(s for _, s in lr + hr))
         found.seen.append(t)
+        found.lines[key] = line
         if key not in wrong: (found.test if row['split'] == 'test' else found.train).append(t)
-    return replace(found, asked=tuple(t for t in found.seen if tracks[t.key][1]['split'] == 'test'))
+    def listed_for(part): return [t for t in found.seen if tracks[t.key][0][1]['split'] == part]
+    return replace(found, val=frozenset(t.key for t in listed_for('val')) - wrong, asked=tuple(listed_for('test')))
 
 def hidden_folder(root:str|Path) -> Path: # `root` itself, or for `pairs.csv` the folder `pairs.kdocr`
     "Return the folder of what is made from the data: the split, the packs."
@@ -313,7 +315,7 @@ def index_data(root:str|Path,
     finally:
         if collects: gc.enable()
 
-def _indexed(root:Path, cache:Path|None) -> Index: # of a folder
+def _indexed(root, cache): # the index of a folder
     first, faults, asked = {}, [], []
     walk = list(_walk(str(root), faults))
     if not walk:

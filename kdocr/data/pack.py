@@ -30,7 +30,7 @@ def fit(image:np.ndarray, # (h,w,3) uint8
 def decode_track(track:Track, height:int, width:int,
                  n_degraded:int, # degraded copies of each HR frame
                  seed:int,
-                ) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]: # arrays of one track, and the frames' heights in pixels
+                ) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]: # arrays by name; heights of frames, pixels
     "Return all pictures of one track at the input size. Raises `KdocrError` naming a file that cannot be read."
     hr, lr = [read_image(p) for p in track.hr], [read_image(p) for p in track.lr]
     if not lr: lr = [degrade(x, np_rng('lr', track.key, i)) for i, x in enumerate(hr)]
@@ -60,20 +60,20 @@ class Pack:
 
     def __len__(self): return len(self.keys)
 
-def _fingerprint(tracks:Sequence[Track]) -> str:
+def _fingerprint(tracks):
     "Name the files of the tracks; it changes when one is replaced or touched, or when a text is corrected."
     rows = [(t.key, t.text, t.layout, t.scenario, t.lr_files, t.hr_files, t.stamps) for t in tracks]
     return digest(repr(rows).encode())
 
-def _unchanged(track:Track) -> None:
+def _unchanged(track):
     "Raise `KdocrError` naming a frame that has changed since it was indexed."
     for f, stamp in zip((*track.lr_files, *track.hr_files), track.stamps, strict=True):
         s = os.stat(os.path.join(track.folder, f))
         if (s.st_size, s.st_mtime_ns) != stamp:
-            raise KdocrError(f'{track.folder}/{f}: changed since it was indexed; when writing there has ended, try again')
+            raise KdocrError(f'{track.folder}/{f}: changed since it was indexed; try again when it is complete')
 
 # %% ../../nbs/data/14_pack.ipynb #8a3de7ff
-def _mapped(file:Path, descr:str, shape:tuple[int, ...]) -> np.ndarray:
+def _mapped(file, descr, shape): # the array, which must have this type and shape
     try: x = np.load(file, mmap_mode='r')
     except FileNotFoundError: raise KdocrError(f'{file}: missing') from None
     except (ValueError, EOFError): x = None # no header, or too short
@@ -96,7 +96,7 @@ def _open_pack(folder:str|Path,
                 arrays['lr'], arrays.get('hr'), arrays.get('degraded'), about['faults'])
 
 # %% ../../nbs/data/14_pack.ipynb #0012
-def _arrays(tracks, height, width, n_degraded) -> dict[str, tuple[str, tuple]]: # type and shape of each file
+def _arrays(tracks, height, width, n_degraded): # {file: (type, shape)}
     n, frames, hr = len(tracks), len(tracks[0].lr or tracks[0].hr), bool(tracks[0].hr)
     one, out = (frames, height, width, 3), {f'{r}_heights': ('<i8', (n, frames)) for r in ('lr', 'hr')}
     out['lr'] = '|u1', (n, *one)
@@ -104,7 +104,7 @@ def _arrays(tracks, height, width, n_degraded) -> dict[str, tuple[str, tuple]]: 
     if hr and n_degraded: out['degraded'] = '|u1', (n, n_degraded, *one)
     return out
 
-def _pack_track(tmp:Path, how, job:tuple[int, Track]) -> str|None: # what is wrong with the track
+def _pack_track(tmp, how, job): # what is wrong with the track, or None
     "Decode a track into its row of the files in `tmp`; rows are counted from the end."
     row, track = job
     try: arrays, heights = decode_track(track, *how)
@@ -123,13 +123,13 @@ def faulty(faults:Sequence[str], most:int=5) -> KdocrError:
                       'or `kdocr pack --skip-faulty`, leaves these tracks out')
 
 # %% ../../nbs/data/14_pack.ipynb #0017
-def _free(folder:Path) -> int: # bytes that can be written there
+def _free(folder): # bytes that can be written there
     free, at = shutil.disk_usage(folder).free, folder.resolve()
     kinds = {p.mountpoint: p.fstype for p in psutil.disk_partitions(all=True)}
     kind = next((kinds[str(p)] for p in (at, *at.parents) if str(p) in kinds), '')
     return min(free, psutil.virtual_memory().available) if kind == 'tmpfs' else free
 
-def _check_pack_space(cache:Path, tracks, arrays):
+def _check_pack_space(cache, tracks, arrays):
     "Raise `KdocrError` where the disk cannot hold the pack."
     need = sum(int(np.prod(shape)) * np.dtype(descr).itemsize + 128 for descr, shape in arrays.values())
     need, free = need + 500 * len(tracks), _free(cache) # 128: a header; 500: in the index
@@ -137,12 +137,12 @@ def _check_pack_space(cache:Path, tracks, arrays):
         raise KdocrError(f'{cache}: {len(tracks)} packed tracks need {-(-need // 100_000) / 10:,} MB, '
                          f'{free // 100_000 / 10:,} MB are free')
 
-def _explain(e:OSError, cache:Path) -> str: # what went wrong, and the cure
+def _explain(e, cache): # what went wrong, and the cure
     full, shut = '; free some space there and give the same command again', '; name a folder that you may write to'
     cure = {errno.ENOSPC: full, errno.EDQUOT: full, errno.EACCES: shut, errno.EPERM: shut, errno.EROFS: shut}
     return f'{e.filename or cache}: {e.strerror or e}{cure.get(e.errno, "")}'
 
-def _make(tracks, folder:Path, how, made, workers):
+def _make(tracks, folder, how, made, workers):
     arrays, tmp = _arrays(tracks, *how[:3]), folder.parent/f'.tmp-{folder.name}'
     _check_pack_space(folder.parent, tracks, arrays)
     tmp.mkdir()
@@ -159,7 +159,7 @@ def _make(tracks, folder:Path, how, made, workers):
         os.replace(tmp, folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-def _whole(tracks, cache, height, width, n_degraded, seed, part) -> tuple[Pack|None, Path, dict]: # its folder; the index's head
+def _whole(tracks, cache, height, width, n_degraded, seed, part): # the pack or None, its folder, the head of its index
     made = dict(source=_fingerprint(tracks), height=height, width=width, n_degraded=n_degraded, seed=seed)
     name = f'{part}-{height}x{width}-v{n_degraded}s{seed}-{digest(PACK_VERSION, made["source"])}'
     try: return _open_pack(Path(cache)/name, **made), Path(cache)/name, made
@@ -172,7 +172,7 @@ def pack(tracks:Sequence[Track], # all of one part of the data
          seed:int=0,             # of the degradation
          part:str='train',       # names the pack
          workers:int|None=None,  # processes; None: one per core
-        ) -> tuple[Pack, dict[str, str]]: # the pack, and the faults: key of a track whose row is not filled -> what is wrong
+        ) -> tuple[Pack, dict[str, str]]: # the pack, and its `faults`
     "Find the tracks' pack, or decode them. Raises `KdocrError` where the cache cannot hold it."
     if min(height, width) < 1 or n_degraded < 0:
         raise KdocrError(f'height {height}, width {width}, n_degraded {n_degraded}: '
@@ -206,7 +206,8 @@ def pack_data(root:str|Path,           # a folder of tracks, or a CSV
     out, packs = Path(out or hidden_folder(root)/'.kdocr'), []
     found = index_data(root, out)
     faults = [str(f) for f in found.faults]
-    for part, tracks, n in (('train', found.train, n_degraded), ('test', [t for t in found.test if t.text is not None], 0)):
+    labelled = [t for t in found.test if t.text is not None]
+    for part, tracks, n in (('train', found.train, n_degraded), ('test', labelled, 0)):
         if not tracks: continue
         there, start = _whole(tracks, out, height, width, n, 0, part)[0], time.perf_counter()
         p, bad = pack(tracks, out, height, width, n, part=part, workers=workers)
@@ -216,7 +217,7 @@ def pack_data(root:str|Path,           # a folder of tracks, or a CSV
     if faults and not skip_faulty: raise faulty(faults, most=20)
     return packs
 
-def _line(part, p:Pack, seconds:float|None) -> str:
+def _line(part, p, seconds): # seconds: None where the pack was there
     arrays = [x for x in (p.lr, p.hr, p.degraded) if x is not None]
     pictures, took = sum(int(np.prod(x.shape[:-3])) for x in arrays), 'it was there already'
     if seconds is not None: took = f'{seconds:.1f} s, {pictures/seconds:,.0f} images/s'

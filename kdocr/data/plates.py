@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 import cv2
 import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 from ..charset import DEFAULT_CHARS, LAYOUTS
 from ..core import KdocrError
@@ -108,7 +109,7 @@ def _rounded(points, soft, closed, radius):
     return np.array(out)
 
 # %% ../../nbs/data/10_plates.ipynb #0010
-def draw_text(rng:np.random.Generator, layout:str) -> str:
+def draw_text(rng:Generator, layout:str) -> str:
     "Draw a text that fits `layout`."
     def pick(chars): return chars[rng.integers(len(chars))]
     kinds = {'L': DEFAULT_CHARS[10:], 'D': DEFAULT_CHARS[:10]}
@@ -145,7 +146,7 @@ class _Style:
     bolts:tuple          # (x, y, radius, brightness) each
     other:float          # share of our own letters in their other form
 
-def draw_style(rng:np.random.Generator, layout:str,
+def draw_style(rng:Generator, layout:str,
                variety:float=VARIETY, # 0..1
               ) -> _Style:
     "Draw a plausible style: older plates are mostly grey with black or red with white letters, Mercosur's white."
@@ -186,7 +187,7 @@ def _paste(mask, piece, x, y):
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, mask.shape[1]), min(y + h, mask.shape[0])
     if x1 > x0 and y1 > y0: np.maximum(mask[y0:y1, x0:x1], piece[y0-y:y1-y, x0-x:x1-x], out=mask[y0:y1, x0:x1])
 
-def _place_letters(text:str, style:_Style, font:str, rng:np.random.Generator) -> np.ndarray: # (104,320) uint8, ink 255
+def _place_letters(text, style, font, rng): # (104,320) uint8, ink 255
     "Draw the seven letters, each in its cell, and the dot or dash between them."
     mask = np.zeros((_px(_PLATE[1]), _px(_PLATE[0])), np.uint8)
     x = (_PLATE[0] - 6*style.pitch - style.gap)/2 + rng.uniform(-4, 4)
@@ -214,7 +215,7 @@ def _line(text, font, height):
     mask = np.asarray(mask.crop(mask.getbbox()))
     return cv2.resize(mask, (round(mask.shape[1]*height/mask.shape[0]), height), interpolation=cv2.INTER_AREA)
 
-def _furniture(style:_Style, font:str, rng:np.random.Generator) -> np.ndarray: # (104,320) uint8
+def _furniture(style, font, rng): # (104,320) uint8
     "Draw what is painted in the letters' colour besides the letters."
     mask = np.zeros((_px(_PLATE[1]), _px(_PLATE[0])), np.uint8)
     if style.layout == 'Mercosur': return mask
@@ -239,11 +240,11 @@ def _band(plate, style, font, rng):
     if rng.random() < 0.7: plate[_px(36):_px(36) + len(code), _px(5):_px(5) + len(code)] *= (.35 + .65*code)[..., None]
 
 # %% ../../nbs/data/10_plates.ipynb #001f
-def _clouds(rng:np.random.Generator, shape:tuple, cells:tuple) -> np.ndarray: # `shape` float32, in 0..1
+def _clouds(rng, shape, cells): # `shape` float32, in 0..1
     "Draw smooth noise with about `cells` blobs."
     return cv2.resize(rng.random(cells, np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
-def paint(text:str, style:_Style, font:str, rng:np.random.Generator) -> np.ndarray: # (104,320,3) uint8 RGB
+def paint(text:str, style:_Style, font:str, rng:Generator) -> np.ndarray: # (104,320,3) uint8 RGB
     "Draw the flat plate of a given style."
     ink, more = _place_letters(text, style, font, rng), _furniture(style, font, rng)
     shape = ink.shape
@@ -266,7 +267,7 @@ def _bolt(plate, x, y, r, bright, rng):
     cv2.circle(plate, (x, y), round(r), (30 + 170*bright,)*3, -1, cv2.LINE_AA)
     cv2.circle(plate, (x, y + 1), round(r), (25,)*3, 1, cv2.LINE_AA)
 
-def draw_plate(text:str, layout:str, rng:np.random.Generator,
+def draw_plate(text:str, layout:str, rng:Generator,
                fonts:tuple|None=None,  # font files; None: the shipped ones
                variety:float=VARIETY,  # 0..1
               ) -> np.ndarray:         # (104,320,3) uint8 RGB, 0.8 px per mm
@@ -277,7 +278,7 @@ def draw_plate(text:str, layout:str, rng:np.random.Generator,
 # %% ../../nbs/data/10_plates.ipynb #0024
 _MARGIN = 40 # mm of car on each side
 
-def mount(plate:np.ndarray, rng:np.random.Generator) -> np.ndarray: # (168,384,3) uint8 RGB
+def mount(plate:np.ndarray, rng:Generator) -> np.ndarray: # (168,384,3) uint8 RGB
     "Draw the plate on a piece of car, its corners rounded."
     m = _px(_MARGIN)
     h, w = plate.shape[0] + 2*m, plate.shape[1] + 2*m

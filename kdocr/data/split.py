@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Split', 'make_split', 'shared_split']
 
-# %% ../../nbs/data/17_split.ipynb #d3e45d76
+# %% ../../nbs/data/17_split.ipynb #0ceda1b2
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Split:
     def __repr__(self):
         return f'Split({len(self.train)} train, {len(self.val)} val, {len(self.left_out)} left out, {self.hash})'
 
-def _draw_texts(count:Counter, val_frac:float, seed:int) -> set[str]:
+def _draw_texts(count, val_frac, seed):
     "Return texts whose tracks come as near to the share as whole texts can; at least one where there are two."
     order = sorted(count, key=lambda text: digest('split', seed, text))
     drawn, wanted = set(), val_frac * count.total()
@@ -37,10 +37,10 @@ def _draw_texts(count:Counter, val_frac:float, seed:int) -> set[str]:
             wanted -= count[text]
     return drawn or set(order[:1] if len(order) > 1 else ())
 
-def _divide(tracks, val_frac, seed, test_texts, named) -> dict[str, dict[str, str]]: # part -> key -> text
+def _divide(tracks, val_frac, seed, test_texts, named): # {part: {key: text}}
     usable = [t for t in tracks if t.text not in test_texts]
     pool = [t for t in usable if (t.key in named if named else t.scenario == 'B')] or usable
-    layout = {t.text: t.layout for t in sorted(pool, key=lambda t: t.layout)} # one per text, even where its tracks differ
+    layout = {t.text: t.layout for t in sorted(pool, key=lambda t: t.layout)} # one per text, even if its tracks differ
     counts, drawn, parts = defaultdict(Counter), set(), {p: {} for p in _PARTS}
     for t in pool: counts[layout[t.text]][t.text] += 1
     for count in counts.values(): drawn |= set(count) if named else _draw_texts(count, val_frac, seed)
@@ -54,35 +54,34 @@ def make_split(tracks:Sequence[Track],
                val_frac:float=0.1,            # of the Scenario-B tracks, or of all where there are none
                seed:int=0,
                test_texts:Collection[str]=(), # never to be trained on
-               named:Collection[str]=(),      # keys of the tracks that validate, where the data name them; the rest trains
+               named:Collection[str]=(),      # keys of the tracks that validate, where the data name them
               ) -> Split:
     "Divide the tracks. Raises `KdocrError` where there are too few different texts."
     parts = _divide(tracks, val_frac, seed, set(test_texts), set(named))
     if not parts['train'] or not parts['val']:
-        raise KdocrError(f'{len(tracks)} tracks with {len({t.text for t in tracks})} different texts are too few to split: '
+        texts = len({t.text for t in tracks})
+        raise KdocrError(f'{len(tracks)} tracks with {texts} different texts are too few to split: '
                          f'{len(parts["train"])} would train, {len(parts["val"])} validate')
     return Split(*map(tuple, parts.values()), digest(parts))
 
 # %% ../../nbs/data/17_split.ipynb #002f
-def shared_split(root:Path, tracks:Sequence[Track], val_frac:float, seed:int,
-                 fallback:Path,                 # folder for split.json where `root` is read-only
+def shared_split(folder:Path,                   # of split.json
+                 tracks:Sequence[Track], val_frac:float, seed:int,
                  test_texts:Collection[str]=(), # never to be trained on
                  named:Collection[str]=(),      # keys of the tracks that validate, where the data name them
                 ) -> Split:
-    "Return the saved split of the data folder, or make one and save it. Raises `KdocrError` naming a file that does not fit."
-    places = [Path(f)/'split.json' for f in (root, fallback)]
-    for path in places:
-        if path.is_file(): return _saved_split(path, tracks, val_frac, set(test_texts), set(named))
+    "Return the saved split, or make one and save it. Raises `KdocrError` naming a file that does not fit the data."
+    path = Path(folder)/'split.json'
+    if path.is_file(): return _saved_split(path, tracks, val_frac, set(test_texts), set(named))
     split, texts = make_split(tracks, val_frac, seed, test_texts, named), {t.key: t.text for t in tracks}
     about = dict(val_frac=val_frac, seed=seed, named=bool(named), hash=split.hash)
-    about |= {p: {k: texts[k] for k in getattr(split, p)} for p in _PARTS}
-    try: write_json(places[0], about)
-    except OSError: write_json(places[1], about)
+    write_json(path, about | {p: {k: texts[k] for k in getattr(split, p)} for p in _PARTS})
     return split
 
-def _saved_split(path, tracks, val_frac, test_texts, named) -> Split:
+def _saved_split(path, tracks, val_frac, test_texts, named):
     def refuse(what):
-        raise KdocrError(f'{path}: {what}. Delete the file to split anew; models made on the old split will then be refused')
+        raise KdocrError(f'{path}: {what}. Delete the file to split anew; '
+                         'models made on the old split will then be refused')
     saved = read_json(path)
     parts = {p: saved.get(p) for p in _PARTS} if isinstance(saved, dict) else {}
     if not parts or not all(isinstance(p, dict) for p in parts.values()) or digest(parts) != saved.get('hash'):
@@ -90,12 +89,11 @@ def _saved_split(path, tracks, val_frac, test_texts, named) -> Split:
     if saved.get('val_frac') != val_frac: refuse(f'made with val_frac {saved.get("val_frac")}, asked is {val_frac}')
     known = {k: t for p in parts.values() for k, t in p.items()}
     now = {t.key: t.text for t in tracks}
-    if new := sorted(now.keys() - known.keys()): refuse(f'tracks came after it was made: {len(new)}, the first is {new[0]}')
-    if changed := sorted(k for k in now if now[k] != known[k]):
-        k = changed[0]
-        refuse(f'texts changed since it was made: {len(changed)}, the first is {k}: {known[k]} is now {now[k]}')
-    if leaks := sorted(k for p in ('train', 'val') for k, t in parts[p].items() if t in test_texts):
-        refuse(f'tracks in it with plates of the test part: {len(leaks)}, the first is {leaks[0]}')
+    doubts = {'tracks came after it was made': now.keys() - known.keys(),
+              'texts changed since it was made': {f'{k}: {known[k]} is now {t}' for k, t in now.items() if known.get(k, t) != t},
+              'tracks in it with plates of the test part': {k for k, t in (parts['train'] | parts['val']).items() if t in test_texts}}
+    for what, which in doubts.items():
+        if which: refuse(f'{what}: {len(which)}, the first is {min(which)}')
     here = now.keys() & parts['val'].keys() if saved.get('named') else set()
     if here != {t.key for t in tracks if t.key in named and t.text not in test_texts}:
         refuse('it validates other tracks than the data name for that')

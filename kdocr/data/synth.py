@@ -28,7 +28,7 @@ class _TrackJob:
     scenario:str
     test:bool    # LR only, no annotations
 
-def _plan_tracks(tracks:int, test:int, seed:int) -> list[_TrackJob]:
+def _plan_tracks(tracks, test, seed):
     "Plan the set: the training part is half Scenario-A, the test part all Scenario-B, as in the competition."
     rng, seen, jobs = np_rng('synth', 'plan', seed), set(), []
     base = 10_000 * max(1, -(-tracks // 20_000)) # numbers of A, of B and of the test part do not meet
@@ -46,8 +46,7 @@ def _plan_tracks(tracks:int, test:int, seed:int) -> list[_TrackJob]:
 # %% ../../nbs/data/13_synth.ipynb #0008
 _CORNERS = 'top-left', 'top-right', 'bottom-right', 'bottom-left'
 
-def _draw_track(job:_TrackJob, seed:int, fonts:tuple,
-                variety:float) -> dict[str, tuple[np.ndarray, np.ndarray]]: # frames and corners by file name
+def _draw_track(job, seed, fonts, variety): # {file name: (frame, corners)}
     "Draw all the pictures of one track; a pure function of its arguments."
     rng = np_rng('synth', 'track', seed, job.folder, job.text)
     c, pose = track_conditions(rng, job.scenario, variety), draw_pose(rng, variety)
@@ -58,15 +57,16 @@ def _draw_track(job:_TrackJob, seed:int, fonts:tuple,
         out |= {f'{kind}-{i:03d}.{ext}': frame for i, frame in enumerate(frames, 1)}
     return out
 
-def _track_annotation(job:_TrackJob, pictures:dict) -> dict: # of annotations.json
+def _track_annotation(job, pictures): # contents of annotations.json
     note = {'plate_layout': job.layout, 'plate_text': job.text}
     if job.scenario == 'Scenario-A':
-        note['corners'] = {f: dict(zip(_CORNERS, at.round().astype(int).tolist())) for f, (_, at) in sorted(pictures.items())}
+        whole = {f: at.round().astype(int).tolist() for f, (_, at) in sorted(pictures.items())}
+        note['corners'] = {f: dict(zip(_CORNERS, at)) for f, at in whole.items()}
     elif int(digest(job.text), 16) % 2 == 0: note['corners'] = {}
     return note
 
 # %% ../../nbs/data/13_synth.ipynb #000a
-def _write_track(root:Path, seed:int, fonts:tuple, variety:float, job:_TrackJob) -> None:
+def _write_track(root, seed, fonts, variety, job):
     "Draw and store one track, whole or not at all."
     final, tmp = root/job.folder, root/'.making'/f'{Path(job.folder).name}.{os.getpid()}'
     if final.exists(): return
@@ -83,7 +83,7 @@ def _write_track(root:Path, seed:int, fonts:tuple, variety:float, job:_TrackJob)
 _DRAWING = 4 # raise when the drawing changes: sets of two drawings must not be mixed
 _WILD = 2    # the same for what is drawn beyond the usual variety alone
 
-def _claim(folder, asked) -> bool: # whether the set is whole already
+def _claim(folder, asked): # whether the set is whole already
     "Make the folder the set's. Raises `KdocrError` where it holds something else."
     note = folder/'synth.json'
     if note.exists():
@@ -106,7 +106,8 @@ def synth(folder:str|Path,            # made where missing
     """Draw a data set in the competition's layout, with the test part's texts in `test_labels.csv`, or finish one.
     Raises `KdocrError` for a folder with other contents, or where files cannot be written."""
     folder, files = Path(folder), font_set(fonts)
-    if min(tracks, test) < 0 or tracks + test == 0: raise KdocrError(f'tracks {tracks}, test {test}: at least one track is needed')
+    if min(tracks, test) < 0 or tracks + test == 0:
+        raise KdocrError(f'tracks {tracks}, test {test}: at least one track is needed')
     if not 0 <= variety <= 1: raise KdocrError(f'variety {variety}: it is between 0 and 1')
     asked = dict(drawing=_DRAWING if variety <= VARIETY else f'{_DRAWING}.{_WILD}', tracks=tracks, test=test, seed=seed,
                  variety=float(variety), fonts=digest(*[p.name for p in files], *files))
@@ -114,7 +115,8 @@ def synth(folder:str|Path,            # made where missing
         finished, jobs = _claim(folder, asked), _plan_tracks(tracks, test, seed)
         left = [j for j in jobs if not (folder/j.folder).exists()] # in a finished set: deleted tracks
         if finished and not left: return folder
-        map_jobs(partial(_write_track, folder, seed, files, variety), left, workers, desc='drawing plates', unit='track')
+        draw = partial(_write_track, folder, seed, files, variety)
+        map_jobs(draw, left, workers, desc='drawing plates', unit='track')
         rows = [f'{Path(j.folder).name},{j.text},{j.layout}\n' for j in jobs if j.test]
         with atomic_write(folder/'test_labels.csv') as tmp: tmp.write_text(''.join(['track,text,layout\n', *rows]))
         shutil.rmtree(folder/'.making', ignore_errors=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['map_jobs']
 
-# %% ../../nbs/data/19_workers.ipynb #3246a885
+# %% ../../nbs/data/19_workers.ipynb #738fdb13
 import os, pickle, subprocess, sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import cv2
 from ..core import KdocrError, progress
 
-# %% ../../nbs/data/19_workers.ipynb #92e2a185
+# %% ../../nbs/data/19_workers.ipynb #94d2a317
 _PER_PROCESS = 50 # jobs; fewer are done before a process has started
 
 def _send(pipe, x):
@@ -42,10 +42,10 @@ def map_jobs(work:Callable,     # a function of a module, or a `partial` of one;
              jobs:Sequence,     # its arguments, one each
              workers:int|None,  # processes; None: one per core
              **bar) -> list:    # results in the order of `jobs`; bar: settings of `progress`
-    "Return `work(job)` for each job. Raises the first `OSError` or `KdocrError` of any of them, and ends the processes."
+    "Return `work(job)` for each job. Raises the first `OSError` or `KdocrError` of a job, and ends the processes."
     workers = min(workers or os.cpu_count(), len(jobs)//_PER_PROCESS)
     if workers < 2: return [work(job) for job in progress(jobs, **bar)]
-    idle = SimpleQueue()
+    idle, command = SimpleQueue(), [sys.executable, '-c', 'from kdocr.data.workers import _serve; _serve()']
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
     def run(job):
         process = idle.get()
@@ -59,8 +59,7 @@ def map_jobs(work:Callable,     # a function of a module, or a `partial` of one;
         pool, results = ThreadPoolExecutor(workers), []
         stack.callback(pool.shutdown, cancel_futures=True)
         for _ in range(workers):
-            process = subprocess.Popen([sys.executable, '-c', 'from kdocr.data.workers import _serve; _serve()'], env=env,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            process = subprocess.Popen(command, env=env, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             stack.callback(_stop, process)
             _send(process.stdin, work)
             idle.put(process)
