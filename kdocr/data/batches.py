@@ -284,15 +284,15 @@ def to_device_memory(sets, # data sets; None among them are passed over
     needed, free = sum(x.nbytes for p in packs.values() for x in arrays(p).values()), _free_memory(device)
     if needed > (1 - _SPARE) * free:
         if data_on == 'auto': return 0
-        raise KdocrError(f'data_on: device, but the packed pictures need {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free on '
-                         f'{device}, and {_SPARE:.0%} is left to the networks; data_on: disk reads them from disk')
+        raise KdocrError(f'data_on: device, but the pictures need {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free '
+                         f'on {device}, and {_SPARE:.0%} is left to the networks; data_on: disk reads them from disk')
     def copied(p): return replace(p, **{k: torch.tensor(np.asarray(x), device=device) for k, x in arrays(p).items()})
     packs = {i: copied(p) for i, p in packs.items()}
     for s in sets:
         if s is not None: s.pack = packs[id(s.pack)]
     return needed
 
-# %% ../../nbs/data/16_batches.ipynb #0b7df94b
+# %% ../../nbs/data/16_batches.ipynb #d9c129cb
 _SPLIT_SEED = 0
 
 def labelled(texts,       # of tracks

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['text_faults', 'check']
 
-# %% ../../nbs/data/18_check.ipynb #5268461c
+# %% ../../nbs/data/18_check.ipynb #997be86e
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

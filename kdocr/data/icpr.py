@@ -258,7 +258,8 @@ def _row_faults(row, key, names, before): # before: the track's rows so far
     if row['split'] and row['split'] not in _SPLITS: yield f'split {row["split"]!r}{nearest(row["split"], _SPLITS)}'
     if not row['text'] and row['split'] != 'test': yield 'the text is empty'
     for k in ('text', 'split', 'scenario', 'layout'):
-        if row['track'] and row[k] != first[k]: yield f'{k} {row[k]!r}, but an earlier row of track {key!r} has {first[k]!r}'
+        if row['track'] and row[k] != first[k]:
+            yield f'{k} {row[k]!r}, but an earlier row of track {key!r} has {first[k]!r}'
     for k in names:
         if not row[k]: yield f'no path under {k}'
     if len(before) == FRAMES: yield f'track {key!r} has {FRAMES} frames already'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Split', 'make_split', 'shared_split']
 
-# %% ../../nbs/data/17_split.ipynb #0ceda1b2
+# %% ../../nbs/data/17_split.ipynb #ae72406b
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -89,9 +89,10 @@ def _saved_split(path, tracks, val_frac, test_texts, named):
     if saved.get('val_frac') != val_frac: refuse(f'made with val_frac {saved.get("val_frac")}, asked is {val_frac}')
     known = {k: t for p in parts.values() for k, t in p.items()}
     now = {t.key: t.text for t in tracks}
-    doubts = {'tracks came after it was made': now.keys() - known.keys(),
-              'texts changed since it was made': {f'{k}: {known[k]} is now {t}' for k, t in now.items() if known.get(k, t) != t},
-              'tracks in it with plates of the test part': {k for k, t in (parts['train'] | parts['val']).items() if t in test_texts}}
+    used = parts['train'] | parts['val']
+    changed = [f'{k}: {known[k]} is now {t}' for k, t in now.items() if known.get(k, t) != t]
+    doubts = {'tracks came after it was made': now.keys() - known.keys(), 'texts changed since it was made': changed,
+              'tracks in it with plates of the test part': [k for k, t in used.items() if t in test_texts]}
     for what, which in doubts.items():
         if which: refuse(f'{what}: {len(which)}, the first is {min(which)}')
     here = now.keys() & parts['val'].keys() if saved.get('named') else set()

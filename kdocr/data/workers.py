@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['map_jobs']
 
-# %% ../../nbs/data/19_workers.ipynb #738fdb13
+# %% ../../nbs/data/19_workers.ipynb #423e0f7c
 import os, pickle, subprocess, sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import cv2
 from ..core import KdocrError, progress
 
-# %% ../../nbs/data/19_workers.ipynb #94d2a317
+# %% ../../nbs/data/19_workers.ipynb #04753e17
 _PER_PROCESS = 50 # jobs; fewer are done before a process has started
 
 def _send(pipe, x):
@@ -59,7 +59,8 @@ def map_jobs(work:Callable,     # a function of a module, or a `partial` of one;
         pool, results = ThreadPoolExecutor(workers), []
         stack.callback(pool.shutdown, cancel_futures=True)
         for _ in range(workers):
-            process = subprocess.Popen(command, env=env, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            process = subprocess.Popen(command, env=env, start_new_session=True, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE)
             stack.callback(_stop, process)
             _send(process.stdin, work)
             idle.put(process)

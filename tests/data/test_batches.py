@@ -315,7 +315,7 @@ def test_pictures_that_do_not_fit_are_refused_before_they_are_copied(monkeypatch
     data = ICPR_LPR_HR_Dataset(numbered(), ['t0'])
     monkeypatch.setattr(kdocr.data.batches, '_free_memory', lambda device: 1_000)
     monkeypatch.setattr(torch, 'from_numpy', None)
-    with pytest.raises(KdocrError, match='data_on: device, but the packed pictures need .* free on .* data_on: disk'): to_device_memory([data], 'cpu', 'device')
+    with pytest.raises(KdocrError, match='data_on: device, but the pictures need .* free on .* data_on: disk'): to_device_memory([data], 'cpu', 'device')
     assert to_device_memory([data], torch.device('cuda'), 'auto') == 0, 'read from the files instead'
 
 
