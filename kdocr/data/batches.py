@@ -104,6 +104,7 @@ def _recolour(x, like): # (k,f,h,w,3) uint8: x with the mean and spread of `like
 # %% ../../nbs/data/16_batches.ipynb #000b
 class _PlateDataset(Dataset):
     "Batches of tracks from a pack. A subclass defines `pictures`, of which they are made."
+    clean_hr_guided = True # whether a teacher is shown clean HR frames
     def __init__(self, pack:Pack,
                  keys,                  # which tracks, in order; all of them must be in the pack
                  frames:int=1,          # per track, 1 to 5
@@ -116,9 +117,8 @@ class _PlateDataset(Dataset):
         of, row = pack.lr.shape[1], {k: i for i, k in enumerate(pack.keys)}
         if not 1 <= frames <= of: raise KdocrError(f'frames: {frames}; a track has 1 to {of}')
         self.pack, self.frames, self.seed, self.train = pack, frames, seed, train
-        self.aug_strength = aug_strength if train else 0.
-        self.recombine_p = recombine_p if train else 0.
-        self.lowres_aug_p = lowres_aug_p if train else 0.
+        randomness = (aug_strength, recombine_p, lowres_aug_p) if train else (0., 0., 0.)
+        self.aug_strength, self.recombine_p, self.lowres_aug_p = randomness
         self.keys, self.rows = list(keys), np.array([row[k] for k in keys], dtype=int)
         self.texts = [pack.texts[i] for i in self.rows]
         self.sets = list(combinations(range(of), frames)) # of frames that a model may see; their order does not matter
@@ -153,6 +153,7 @@ class _PlateDataset(Dataset):
     @property
     def fixed(self) -> str|None:
         "None where a track has a countable number of views, else the reason."
+        if not self.clean_hr_guided: return "the teacher sees the student's own view (clean_hr_guided: false)"
         if self.recombine_p: return 'recombine_p joins new plates at every step'
         if self.aug_strength and self.maps is None:
             return 'aug_strength draws a new geometric map at every step; n_fixed_augs fixes a few for each track'
@@ -218,11 +219,9 @@ class ICPR_LPR_Distill_Dataset(_PlateDataset):
                  clean_hr_guided:bool=True,  # False: a standard batch, `clean_hr` None
                  **kwargs):
         shares = {'lr': 0., 'degraded': 1., 'mix': degraded_frac}
-        if student_input not in shares:
-            raise KdocrError(f'student_input: {student_input!r}; known: {", ".join(shares)}')
+        if student_input not in shares: raise KdocrError(f'student_input: {student_input!r}; known: lr, degraded, mix')
         if (clean_hr_guided or hr_mix_p) and pack.hr is None:
-            raise KdocrError(f'{pack.folder}: these tracks have no HR frames; '
-                             'clean_hr_guided: false and hr_mix_p: 0 need none')
+            raise KdocrError(f'{pack.folder}: these tracks have no HR frames; clean_hr_guided: false needs none')
         if student_input != 'lr' and pack.degraded is None:
             raise KdocrError(f'{pack.folder}: no degraded copies in this pack; make it with n_degraded >= 1')
         super().__init__(pack, *args, **kwargs)
@@ -244,11 +243,6 @@ class ICPR_LPR_Distill_Dataset(_PlateDataset):
             images[to_device(torch.from_numpy(rows), images.device)] = there
         if len(near): heights[near] = self.pack.heights['hr'][at[near], frames[near]]
         return images, self.take('hr', at, frames, device=device) if self.clean_hr_guided and clean else None, heights
-
-    @property
-    def fixed(self):
-        if not self.clean_hr_guided: return "the teacher sees the student's own view (clean_hr_guided: false)"
-        return super().fixed
 
 # %% ../../nbs/data/16_batches.ipynb #new2134
 class NotFixed(KdocrError):
@@ -280,19 +274,19 @@ def to_device_memory(sets, # data sets; None among them are passed over
     "Copy the packs to the device's memory. Raises `KdocrError` where data_on is 'device' and they do not fit."
     device, packs = torch.device(device), {id(s.pack): s.pack for s in sets if s is not None}
     if data_on == 'disk' or (data_on == 'auto' and device.type == 'cpu'): return 0
-    def arrays(p): return {k: x for k in ('lr', 'hr', 'degraded') if (x := getattr(p, k)) is not None}
+    def arrays(p): return {k: x for k, x in vars(p).items() if isinstance(x, np.ndarray)} # not those copied before
     needed, free = sum(x.nbytes for p in packs.values() for x in arrays(p).values()), _free_memory(device)
     if needed > (1 - _SPARE) * free:
         if data_on == 'auto': return 0
         raise KdocrError(f'data_on: device, but the pictures need {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free '
                          f'on {device}, and {_SPARE:.0%} is left to the networks; data_on: disk reads them from disk')
-    def copied(p): return replace(p, **{k: torch.tensor(np.asarray(x), device=device) for k, x in arrays(p).items()})
-    packs = {i: copied(p) for i, p in packs.items()}
+    def copy_of(p): return replace(p, **{k: torch.tensor(np.asarray(x), device=device) for k, x in arrays(p).items()})
+    copies = {i: copy_of(p) for i, p in packs.items()}
     for s in sets:
-        if s is not None: s.pack = packs[id(s.pack)]
+        if s is not None: s.pack = copies[id(s.pack)]
     return needed
 
-# %% ../../nbs/data/16_batches.ipynb #d9c129cb
+# %% ../../nbs/data/16_batches.ipynb #23484824
 _SPLIT_SEED = 0
 
 def labelled(texts,       # of tracks
@@ -324,8 +318,7 @@ def _bad_texts(cfg, found): # {key: what is wrong with its text}
     if not found.lines: return {}
     odd = next((t for t in found.train if not (t.layout in LAYOUTS and fits(t.text, t.layout))), None)
     if cfg.recombine_p and odd:
-        raise KdocrError(f'recombine_p: it joins the letters of one plate to the digits of another, '
-                         f'and {odd.text!r} is no plate ({found.place(odd)})')
+        raise KdocrError(f'recombine_p: it joins halves of plates, and {odd.text!r} is no plate ({found.place(odd)})')
     return {k: str(f) for k, f in text_faults(found, Charset(cfg.charset), cfg.width // 8).items()}
 
 def _dataset(cfg, packed, keys, train): # HR for a teacher; LR to validate a student, its inputs to train it

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['text_faults', 'check']
 
-# %% ../../nbs/data/18_check.ipynb #997be86e
+# %% ../../nbs/data/18_check.ipynb #3ff88cc0
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,9 +46,9 @@ class _Report:
     def __str__(self):
         i = self.index
         labelled = sum(t.text is not None for t in i.test)
-        head = (f'{i.root}: {_n(i.train, "training track")}, {_n(i.test, "test track")} ({labelled} with a text), '
-                f'{_n(i.pictures, "picture")}')
+        test = f'{_n(i.test, "test track")} ({labelled} with a text)'
         end = _n(self.faults, 'fault') + ':' * bool(self.faults)
+        head = f'{i.root}: {_n(i.train, "training track")}, {test}, {_n(i.pictures, "picture")}'
         lines = [head, *_counts(i), *_quartiles(self.sizes), *_texts(i), end]
         return '\n'.join(lines + [f'  {f}' for f in self.faults])
 
@@ -83,26 +83,21 @@ def _texts(i):
             f'texts of the test part that training tracks show too: {len(count.keys() & test.keys())}']
 
 # %% ../../nbs/data/18_check.ipynb #0025
-def _read(pictures): # of each: (lr or hr, width, height), or a fault
-    out = []
-    for path, kind in pictures:
-        try: h, w, _ = read_image(path).shape
-        except KdocrError as e: out.append(Fault(path, str(e).removeprefix(f'{path}: ')))
-        else: out.append((kind, w, h))
-    return out
+def _read(picture): # (lr or hr, width, height), or a fault
+    path, kind = picture
+    try: h, w, _ = read_image(path).shape
+    except KdocrError as e: return Fault(path, str(e).removeprefix(f'{path}: '))
+    return kind, w, h
 
 def check(root:str|Path, # a folder of tracks, or a CSV
           charset:Charset=Charset(),
           width:int=128, # of the network's input, pixels: it has one time step per 8
          ) -> _Report:
     "Read everything under `root`, print the report and return it. Raises `KdocrError` where no data are there."
-    found, seen = index_data(root), []
-    pictures = list(found.pictures.items())
-    blocks = [pictures[i:i + 100] for i in range(0, len(pictures), 100)]
-    with ThreadPoolExecutor() as pool, progress(total=len(pictures), desc='reading pictures') as bar:
-        for some in pool.map(_read, blocks):
-            seen += some
-            bar.update(len(some))
+    found = index_data(root)
+    pictures = found.pictures.items()
+    with ThreadPoolExecutor() as pool:
+        seen = list(progress(pool.map(_read, pictures), total=len(pictures), desc='reading pictures'))
     bad = [x for x in seen if isinstance(x, Fault)]
     sizes = {k: np.array([x[1:] for x in seen if not isinstance(x, Fault) and x[0] == k]) for k in ('lr', 'hr')}
     report = _Report(found, sizes, [*found.faults, *bad, *text_faults(found, charset, width//8).values()])

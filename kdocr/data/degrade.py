@@ -136,57 +136,41 @@ def degrade(hr:np.ndarray,             # (h,w,3) uint8
     return camera(hr, size, c, rng)
 
 # %% ../../nbs/data/11_degrade.ipynb #0014
-@dataclass(frozen=True)
-class _Pose:
-    "The lean of a track's plate; each frame has a jitter of its own."
-    roll:float   # rad
-    shear:float  # of uprights
-    tilt:tuple   # perspective, shares of the size
-    margin:tuple # car around the plate: left, top, right, bottom, shares of the crop
-
-def draw_pose(rng:Generator, variety:float=VARIETY) -> _Pose:
-    "Draw a pose for a track."
+def draw_pose(rng:Generator, variety:float=VARIETY) -> tuple: # roll (rad), shear, tilt (2), margins (4)
+    "Draw a pose for a track: its lean, its perspective, and the car around it (left, top, right, bottom) in shares."
     v, normal = variety, rng.normal
-    return _Pose(normal(0, .017 + .028*v), normal(0, .03 + .07*v), tuple(normal(0, .006 + .014*v, 2)),
-                 tuple(rng.uniform(-.04*v, .055 + .045*v, 4)))
+    return (normal(0, .017 + .028*v), normal(0, .03 + .07*v), normal(0, .006 + .014*v, 2),
+            rng.uniform(-.04*v, .055 + .045*v, 4))
 
 def _quad(pose, size, rng): # (4,2) float32, px of the crop
     "Return the places of the plate's four corners in a crop of `size`, with the frame's jitter."
-    w, h = size
-    left, top, right, bottom = np.float32(pose.margin) + rng.normal(0, .008, 4)
-    roll, shear = pose.roll + rng.normal(0, .008), pose.shear + rng.normal(0, .015)
+    roll, shear, tilt, margin = pose
+    left, top, right, bottom = np.float32(margin) + rng.normal(0, .008, 4)
+    roll, shear = roll + rng.normal(0, .008), shear + rng.normal(0, .015)
     x, y = np.float32((-.5, .5, .5, -.5)), np.float32((-.5, -.5, .5, .5))
-    x, y = x*(1 + pose.tilt[0]*2*y), y*(1 + pose.tilt[1]*2*x)
+    x, y = x*(1 + tilt[0]*2*y), y*(1 + tilt[1]*2*x)
     px, py = x*3.08 + shear*y, y + roll*x*3.08 # in units of the plate's height
     px, py = (px - px.min())/np.ptp(px), (py - py.min())/np.ptp(py) # the box around the leaning plate
     at = np.stack((left + px*(1 - left - right), top + py*(1 - top - bottom)), 1)
-    return (at*(w, h) + rng.normal(0, .006*h, (4, 2))).astype(np.float32)
+    return (at*size + rng.normal(0, .006*size[1], (4, 2))).astype(np.float32)
 
-def _warp_view(picture:np.ndarray,  # a mounted plate
-               source:np.ndarray,   # (4,2) where the plate's corners are in it
-               target:np.ndarray,   # (4,2) where they go, px of the crop
-               size:tuple,          # (width, height) of the crop
-               over:int=2,          # px drawn for each px of the crop
-              ) -> np.ndarray:      # (over*height, over*width, 3)
-    "Return the crop at `over` times its size, for `camera` to shrink."
-    m = cv2.getPerspectiveTransform(source, (target*over).astype(np.float32))
-    size = size[0]*over, size[1]*over
+def _warp_view(picture, source, target, size): # (2*height, 2*width, 3)
+    "Return the crop at twice its size, for `camera` to shrink; corners move from `source` to `target`, px of the crop."
+    m = cv2.getPerspectiveTransform(source, (target*2).astype(np.float32))
+    size = size[0]*2, size[1]*2
     return cv2.warpPerspective(picture, m, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../../nbs/data/11_degrade.ipynb #0017
-def _near(c:Conditions, rng:Generator,
-          variety:float=VARIETY, # 0..1: odds and softness of soft ones
-         ) -> Conditions:
+def _near(c, rng, v): # v: variety, the odds and softness of soft frames
     "Return the conditions of the HR frames of a track that has `c`: the same light, another zoom."
-    u, v = rng.uniform, variety
-    soft = rng.random() < .5*v # a camera without the chip
+    u, soft = rng.uniform, rng.random() < .5*v # soft: a camera without the chip
     return replace(c, blur=u(.3, .75 + .35*v) if soft else u(.3, .49 + .21*v), motion=u(0, .4 + 1.1*v),
                    noise=u(.5, 2.6 + 1.4*v), quality=int(u(77 - 7*v, 97)), contrast=0. if soft else u(45, 80),
                    sharpen=0. if soft else u(.3, 1 + 2*v), radius=u(1, 1.8))
 
 def draw_frames(picture:np.ndarray, # (h,w,3) a mounted plate, lit
                 source:np.ndarray,  # (4,2) its corners
-                c:Conditions, pose:_Pose, rng:Generator,
+                c:Conditions, pose:tuple, rng:Generator,
                 low:bool,           # LR or HR
                 variety:float=VARIETY,
                 n:int=5) -> list[tuple[np.ndarray, np.ndarray]]: # a frame and its corners (4,2), each

@@ -197,9 +197,8 @@ class Index:
 
     @property
     def pictures(self) -> dict[Path, str]: # every frame that has bytes -> lr or hr
-        frames = ((p, kind, size) for t in self.seen for (p, kind), (size, _) in
-                  zip([*((p, 'lr') for p in t.lr), *((p, 'hr') for p in t.hr)], t.stamps))
-        return {p: kind for p, kind, size in frames if size}
+        def kinds(t): return ['lr']*len(t.lr_files) + ['hr']*len(t.hr_files)
+        return {p: kind for t in self.seen for p, kind, (size, _) in zip(t.lr + t.hr, kinds(t), t.stamps) if size}
 
     def place(self, t:Track) -> Path: # of its text
         return Path(f'{self.root}:{self.lines[t.key]}') if self.lines else t.folder/'annotations.json'
@@ -226,14 +225,13 @@ def read_rows(path:Path) -> list[tuple[int, list[str], dict]]: # line number, fa
             rows = [(reader.line_num, cells) for cells in reader if any(c.strip() for c in cells)]
     except (UnicodeDecodeError, csv.Error) as e: refuse(f'not a CSV in UTF-8 ({e})')
     except OSError as e: refuse(e.strerror)
-    pictures = {'hr', 'lr', 'image'} & {*names}
-    if len(names) == 1 and (mark := re.search(r'[;\t|]', names[0])):
-        refuse(f'its cells are divided by {mark[0]!r}; a comma is needed')
+    pictures, mark = {'hr', 'lr', 'image'} & {*names}, re.search(r'[;\t|]', ''.join(names))
+    if len(names) == 1 and mark: refuse(f'its cells are divided by {mark[0]!r}; a comma is needed')
     for c in names:
         if c not in _COLUMNS: refuse(f'column {c!r}{nearest(c, _COLUMNS)}')
         if names.count(c) > 1: refuse(f'two columns are called {c}')
-    if 'text' not in names or not pictures:
-        refuse(f'needed are the columns hr,lr,text or image,text; there are {",".join(names) or "none"}')
+    needed = 'needed are the columns hr,lr,text or image,text'
+    if 'text' not in names or not pictures: refuse(f'{needed}; there are {",".join(names) or "none"}')
     if 'image' in pictures and len(pictures) > 1: refuse('image is a picture without a partner: not with hr or lr')
     if not rows: refuse('no rows in it')
     out = []
@@ -269,8 +267,7 @@ def _listed(path):
     rows, faults, tracks, wrong = read_rows(path), [], {}, set()
     columns = [k for k in ('lr', 'hr', 'image') if any(r[k] for *_, r in rows)]
     for line, odd, row in rows:
-        needs_hr = row['split'] != 'test'
-        names = [k for k in columns if row[k] or k != 'hr' or needs_hr] or columns
+        names = [k for k in columns if row[k] or (k, row['split']) != ('hr', 'test')] or columns
         key, stamps = row['track'] or row[names[0]] or f'line {line}', {}
         of_track = tracks.setdefault(key, [])
         odd = [*odd, *_row_faults(row, key, names, of_track)]
@@ -292,13 +289,13 @@ def _listed(path):
         found.seen.append(t)
         found.lines[key] = line
         if key not in wrong: (found.test if row['split'] == 'test' else found.train).append(t)
-    def listed_for(part): return [t for t in found.seen if tracks[t.key][0][1]['split'] == part]
-    return replace(found, val=frozenset(t.key for t in listed_for('val')) - wrong, asked=tuple(listed_for('test')))
+    split = {key: of_track[0][1]['split'] for key, of_track in tracks.items()}
+    val = frozenset(k for k, part in split.items() if part == 'val') - wrong
+    return replace(found, val=val, asked=tuple(t for t in found.seen if split[t.key] == 'test'))
 
 def hidden_folder(root:str|Path) -> Path: # `root` itself, or for `pairs.csv` the folder `pairs.kdocr`
     "Return the folder of what is made from the data: the split, the packs."
-    root = Path(root)
-    return root.with_suffix('.kdocr') if root.is_file() else root
+    return Path(root).with_suffix('.kdocr') if Path(root).is_file() else Path(root)
 
 # %% ../../nbs/data/12_icpr.ipynb #6edb1aa6
 def index_data(root:str|Path,

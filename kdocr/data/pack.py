@@ -175,8 +175,7 @@ def pack(tracks:Sequence[Track], # all of one part of the data
         ) -> tuple[Pack, dict[str, str]]: # the pack, and its `faults`
     "Find the tracks' pack, or decode them. Raises `KdocrError` where the cache cannot hold it."
     if min(height, width) < 1 or n_degraded < 0:
-        raise KdocrError(f'height {height}, width {width}, n_degraded {n_degraded}: '
-                         'a picture has a size, and copies are counted from 0')
+        raise KdocrError(f'{height} x {width}, {n_degraded} copies: a picture has a size, copies are counted from 0')
     what = tracks, cache, height, width, n_degraded, seed, part
     try:
         found, folder, made = _whole(*what)

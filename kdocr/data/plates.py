@@ -6,10 +6,10 @@
 __all__ = ['VARIETY', 'font_set', 'draw_text', 'draw_style', 'paint', 'draw_plate', 'mount', 'plate_corners']
 
 # %% ../../nbs/data/10_plates.ipynb #0002
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 import cv2
 import numpy as np
 from numpy.random import Generator
@@ -48,12 +48,8 @@ def _drawn(font, char):
 def _face(font, size): return ImageFont.truetype(font, size)
 
 @lru_cache(maxsize=16384)
-def _glyph(font:str,    # a font file
-          char:str,
-          width:float, # of the letter H, as a share of its height
-          stroke:int,  # of an upright, in px of 96
-         ) -> np.ndarray: # (96,w) uint8, ink 255
-    "Draw one letter at the given proportions; its width follows the font, relative to the H."
+def _glyph(font, char, width, stroke): # (96,w) uint8, ink 255
+    "Draw one letter; `width` is that of the H as a share of its height, `stroke` that of an upright in px of 96."
     h, upright, mask = _drawn(font, 'H'), _drawn(font, 'I'), _drawn(font, char)
     scale = width * h.shape[0] / h.shape[1]
     w = max(3, round(mask.shape[1] / h.shape[0] * _GLYPH * scale))
@@ -76,23 +72,18 @@ _PEN = {'A': '08 40 88|15 75', 'B': '@00 80~ 84~ 04|04 84~ 88~ 08 00', 'C': '82 
         '2': '02 00~ 80~ 83~ 08 88', '3': '02 00~ 80~ 84~ 34|34 84~ 88~ 08~ 06', '4': '68 60 06 86',
         '5': '80 00 03 83~ 88~ 08~ 06', '6': '82 80~ 00~ 08~ 88~ 84~ 04', '7': '00 80 38',
         '8': '@00~ 80~ 84~ 04~|@04~ 84~ 88~ 08~', '9': '06 08~ 88~ 80~ 00~ 04~ 84'}
-# forms that are met as well
 _OTHER = {'M': '08 00 46 80 88', 'Q': '@00~ 80~ 88~ 08~|66 88', 'W': '00 08 43 88 80', 'Y': '00 45 80|45 48'}
-# widths; the others 1
 _RELATIVE = {'I': 0, '1': .3, 'M': 1.15, 'W': 1.18, 'A': 1.08, 'V': 1.08, 'Y': 1.08, 'E': .92, 'F': .92, 'L': .9,
              'J': .9}
 
-def _stamp(char:str, width:float, stroke:int, # as for `_glyph`
-           round_:float,                      # radius of the corners, as a share of the height
-           other:bool=False,                  # its form in `_OTHER`, where it has one
-          ) -> np.ndarray:                    # (96,w) uint8, ink 255
-    "Draw one letter of our own alphabet."
+def _stamp(char, width, stroke, corner, other=False): # (96,w) uint8, ink 255
+    "Draw one letter of our own alphabet, as `_glyph` does; `corner` is a radius as a share of the height."
     across = max(0., width*_GLYPH - stroke)*_RELATIVE.get(char, 1)
     mask = np.zeros((_GLYPH, round(across) + stroke), np.uint8)
     for path in ((other and _OTHER.get(char)) or _PEN[char]).split('|'):
         closed, path = path[0] == '@', path.lstrip('@').split()
         points = np.array([(int(p[0])/8*across, int(p[1])/8*(_GLYPH - stroke)) for p in path]) + stroke/2
-        line = _rounded(points, ['~' in p for p in path], closed, round_*_GLYPH)
+        line = _rounded(points, ['~' in p for p in path], closed, corner*_GLYPH)
         cv2.polylines(mask, [np.int32(line*8)], closed, 255, stroke, cv2.LINE_AA, shift=3)
     return mask
 
@@ -124,31 +115,9 @@ _TOWNS = ('PR-PARANAGUA PR-CURITIBA PR-COLOMBO PR-ARAUCARIA PR-LONDRINA PR-MARIN
           'PR-TOLEDO SC-CRICIUMA SC-JOINVILLE SC-ITAJAI SP-SANTOS SP-CAMPINAS SP-SAO_PAULO RS-CANOAS '
           'RS-PELOTAS MG-UBERABA MS-DOURADOS MT-CUIABA PARANA BRASIL').split()
 
-@dataclass(frozen=True)
-class _Style:
-    "How one plate is made; lengths in mm."
-    layout:str           # a name in `LAYOUTS`
-    ground:tuple         # RGB of the plate
-    ink:tuple            # RGB of letters and border
-    height:float         # of the letters
-    width:float          # of an H, as a share of its height
-    stroke:float         # of the letters
-    corner:float|None    # radius of our own letters' corners; None: letters of a font
-    pitch:float          # from letter to letter
-    gap:float            # more, between letters and digits
-    top:float            # of the letters, from the plate's edge
-    separator:str        # dot, dash or none
-    town:str             # the line above; on Mercosur plates the country
-    border:float         # strength of the raised border, 0..1
-    emboss:float         # light and shade at the letters' edges, 0..1
-    wear:float           # share of paint that has gone, 0..1
-    dirt:float           # 0..1
-    bolts:tuple          # (x, y, radius, brightness) each
-    other:float          # share of our own letters in their other form
-
 def draw_style(rng:Generator, layout:str,
                variety:float=VARIETY, # 0..1
-              ) -> _Style:
+              ) -> SimpleNamespace:
     "Draw a plausible style: older plates are mostly grey with black or red with white letters, Mercosur's white."
     u, old, v = rng.uniform, layout == 'Brazilian', variety
     far = max(0., (v - VARIETY)/(1 - VARIETY)) # what is beyond the usual, and draws no random number there
@@ -157,14 +126,13 @@ def draw_style(rng:Generator, layout:str,
     spread = rng.choice([0, 0, 30, 70]) if old else rng.choice([0, 60, 110])
     bolts = tuple((200 + side*(spread + u(35, 75)) + u(-6, 6), y - 5*far*(y > 65) + u(-3, 3), u(3, 6.5), u(0, 1))
                   for side in (-1, 1) for y in (10, 120) if rng.random() < 0.75)
-    return _Style(layout, ground, ink, height=u(61, 70), width=0.61 + v*u(-.09, .09), stroke=10.4 + v*u(-2, 2),
-                  corner=14 + v*u(-6, 6) if rng.random() < 1 - 0.4*v else None,
-                  pitch=u(46.5, 51) if old else u(44, 47.5), gap=u(15, 24) if old else u(0, 12),
-                  top=u(39, 46) if old else u(42, 50),
-                  separator=rng.choice(['dot', 'dot', 'dot', 'dash', 'none']) if old else 'none',
-                  town=_TOWNS[rng.integers(len(_TOWNS))].replace('_', ' ') if old else 'BRASIL',
-                  border=u(0.2, 1) if old else 0., emboss=u(0, 0.6), wear=worn*u(0, .5), dirt=worn*u(0, 1)**2,
-                  bolts=bolts, other=.6*far)
+    return SimpleNamespace(
+        layout=layout, ground=ground, ink=ink, height=u(61, 70), width=0.61 + v*u(-.09, .09), stroke=10.4 + v*u(-2, 2),
+        corner=14 + v*u(-6, 6) if rng.random() < 1 - 0.4*v else None, pitch=u(46.5, 51) if old else u(44, 47.5),
+        gap=u(15, 24) if old else u(0, 12), top=u(39, 46) if old else u(42, 50),
+        separator=rng.choice(['dot', 'dot', 'dot', 'dash', 'none']) if old else 'none',
+        town=_TOWNS[rng.integers(len(_TOWNS))].replace('_', ' ') if old else 'BRASIL', border=u(0.2, 1) if old else 0.,
+        emboss=u(0, 0.6), wear=worn*u(0, .5), dirt=worn*u(0, 1)**2, bolts=bolts, other=.6*far)
 
 def _old_colours(rng):
     if rng.random() < 0.5: # private cars: black on grey
@@ -244,7 +212,7 @@ def _clouds(rng, shape, cells): # `shape` float32, in 0..1
     "Draw smooth noise with about `cells` blobs."
     return cv2.resize(rng.random(cells, np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
-def paint(text:str, style:_Style, font:str, rng:Generator) -> np.ndarray: # (104,320,3) uint8 RGB
+def paint(text:str, style:SimpleNamespace, font:str, rng:Generator) -> np.ndarray: # (104,320,3) uint8 RGB
     "Draw the flat plate of a given style."
     ink, more = _place_letters(text, style, font, rng), _furniture(style, font, rng)
     shape = ink.shape

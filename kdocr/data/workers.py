@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['map_jobs']
 
-# %% ../../nbs/data/19_workers.ipynb #423e0f7c
+# %% ../../nbs/data/19_workers.ipynb #e128cd0e
 import os, pickle, subprocess, sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import cv2
 from ..core import KdocrError, progress
 
-# %% ../../nbs/data/19_workers.ipynb #04753e17
+# %% ../../nbs/data/19_workers.ipynb #b43424bc
 _PER_PROCESS = 50 # jobs; fewer are done before a process has started
 
 def _send(pipe, x):
