@@ -286,7 +286,7 @@ def to_device_memory(sets, # data sets; None among them are passed over
         if s is not None: s.pack = copies[id(s.pack)]
     return needed
 
-# %% ../../nbs/data/16_batches.ipynb #23484824
+# %% ../../nbs/data/16_batches.ipynb #48c0a21b
 _SPLIT_SEED = 0
 
 def labelled(texts,       # of tracks

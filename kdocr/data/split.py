@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Split', 'make_split', 'shared_split']
 
-# %% ../../nbs/data/17_split.ipynb #a3ecd95d
+# %% ../../nbs/data/17_split.ipynb #716cff2b
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
