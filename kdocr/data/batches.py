@@ -41,7 +41,7 @@ class PlateBatch:
     scenarios:list[str]
     heights:list[int]      # pixels of the first frame of `images`, as stored on disk
     rows:Tensor|None=None  # (b,) numbers of the tracks in their data set
-    views:Tensor|None=None # (b,) the data set's fixed view that each track is shown in; None where views are drawn anew
+    views:Tensor|None=None # (b,) which fixed view each track is shown in; None where each step draws new ones
 
     def __len__(self): return len(self.keys)
 
@@ -122,7 +122,7 @@ class _PlateDataset(Dataset):
         self.keys, self.rows = list(keys), np.array([row[k] for k in keys], dtype=int)
         self.texts = [pack.texts[i] for i in self.rows]
         self.sets = list(combinations(range(of), frames)) # of frames that a model may see; their order does not matter
-        self.maps = None   # (n,k,3,3), or None where they are drawn anew
+        self.maps = None   # (n,k,3,3), or None where each step draws new ones
         if self.aug_strength and n_fixed_augs:
             g = torch.Generator().manual_seed(seed_of(seed, 'maps'))
             maps = draw_geometry(len(self) * n_fixed_augs, self.aug_strength, g)
@@ -286,7 +286,7 @@ def to_device_memory(sets, # data sets; None among them are passed over
         if s is not None: s.pack = copies[id(s.pack)]
     return needed
 
-# %% ../../nbs/data/16_batches.ipynb #48c0a21b
+# %% ../../nbs/data/16_batches.ipynb #21218c75
 _SPLIT_SEED = 0
 
 def labelled(texts,       # of tracks

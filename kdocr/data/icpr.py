@@ -120,7 +120,7 @@ def _walk(folder, faults, above=(), depth=16):
 
 # %% ../../nbs/data/12_icpr.ipynb #15b73159
 @lru_cache(maxsize=4096)
-def _place(root, above): # part, scenario and layout; None where no folder's name tells
+def _place(root, above): # part, scenario and layout; None where no folder is named so
     def last(pattern, names):
         found = (re.search(pattern, n, re.IGNORECASE) for n in reversed(names))
         return next((m[1] for m in found if m), None)
@@ -133,7 +133,7 @@ def _read_annotation(path): # as `annotation`, or what is wrong with the file
     except KdocrError as e: return str(e).removeprefix(f'{path}: ')
 
 def _track(root, folder, above, files, about): # part, track, faults
-    plain = above and re.fullmatch(r'track_\d+', above[-1]) # a name that tells nothing
+    plain = above and re.fullmatch(r'track_\d+', above[-1]) # a name without information
     part, scenario, layout = _place(root, above[:-1] if plain else above)
     (lr, faults), hr, text, corners = _frames(folder, files, 'lr'), (), None, {}
     if part == 'train':
@@ -141,8 +141,8 @@ def _track(root, folder, above, files, about): # part, track, faults
         faults, about = faults + gaps, 'no such file' if about is None else about
     if isinstance(about, str): faults = [*faults, Fault(folder/'annotations.json', about)]
     elif about:
-        text, said, corners = about
-        layout = said or layout or layout_of(text)
+        text, own, corners = about
+        layout = own or layout or layout_of(text)
     return part, Track(folder.name, text, layout or '', scenario or ('A' if corners else 'B'), folder, lr, hr, corners,
                        tuple(files[f] for f in (*lr, *hr))), faults
 
@@ -252,7 +252,7 @@ def _stamp(path): # bytes, and time of the last change in ns
 
 def _row_faults(row, key, names, before): # before: the track's rows so far
     first = before[0][1] if before else row
-    if before and not row['track']: yield f'{key} stands on line {before[0][0]} already'
+    if before and not row['track']: yield f'{key} is on line {before[0][0]} already'
     if row['split'] and row['split'] not in _SPLITS: yield f'split {row["split"]!r}{nearest(row["split"], _SPLITS)}'
     if not row['text'] and row['split'] != 'test': yield 'the text is empty'
     for k in ('text', 'split', 'scenario', 'layout'):
@@ -299,7 +299,7 @@ def hidden_folder(root:str|Path) -> Path: # `root` itself, or for `pairs.csv` th
 
 # %% ../../nbs/data/12_icpr.ipynb #6edb1aa6
 def index_data(root:str|Path,
-               cache:str|Path|None=None, # folder that keeps what the annotations say; None: read them all
+               cache:str|Path|None=None, # folder that keeps the annotations' contents; None: read them all
               ) -> Index:
     "Find the tracks under `root`, or in a CSV. Raises `KdocrError` where there is neither, or no track in it."
     root, collects = Path(root), gc.isenabled()

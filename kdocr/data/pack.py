@@ -195,7 +195,7 @@ def pack(tracks:Sequence[Track], # all of one part of the data
 
 # %% ../../nbs/data/14_pack.ipynb #88f291a2
 def pack_data(root:str|Path,           # a folder of tracks, or a CSV
-              out:str|Path|None=None,  # folder that keeps the packs; None: `.kdocr` in `root`, where training looks
+              out:str|Path|None=None,  # folder that keeps the packs; None: `.kdocr` in `root`, as for training
               height:int=32, width:int=128, # input size, pixels
               n_degraded:int=0,        # degraded copies of each HR frame of the training part
               workers:int|None=None,   # processes; None: one per core

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Split', 'make_split', 'shared_split']
 
-# %% ../../nbs/data/17_split.ipynb #716cff2b
+# %% ../../nbs/data/17_split.ipynb #30f7d121
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def shared_split(folder:Path,                   # of split.json
 
 def _saved_split(path, tracks, val_frac, test_texts, named):
     def refuse(what):
-        raise KdocrError(f'{path}: {what}. Delete the file to split anew; '
+        raise KdocrError(f'{path}: {what}. Delete the file to split again; '
                          'models made on the old split will then be refused')
     saved = read_json(path)
     parts = {p: saved.get(p) for p in _PARTS} if isinstance(saved, dict) else {}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['map_jobs']
 
-# %% ../../nbs/data/19_workers.ipynb #e128cd0e
+# %% ../../nbs/data/19_workers.ipynb #fe9b6e4c
 import os, pickle, subprocess, sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import cv2
 from ..core import KdocrError, progress
 
-# %% ../../nbs/data/19_workers.ipynb #b43424bc
+# %% ../../nbs/data/19_workers.ipynb #d091c805
 _PER_PROCESS = 50 # jobs; fewer are done before a process has started
 
 def _send(pipe, x):
