@@ -68,7 +68,7 @@ def _check(folder:_Path, /, *, charset:str=DEFAULT_CHARS, width:NonNegativeInt=1
         charset: Characters that texts may have, or a .txt file with them.
         width: Width of the network's input in pixels; a text must fit its width/8 time steps."""
     from kdocr.charset import Charset, read_charset
-    from kdocr.data.icpr import check
+    from kdocr.data.check import check
     return 1 if check(folder, Charset(read_charset(charset)), width).faults else 0
 
 @app.command(group=_DATA)
@@ -212,7 +212,8 @@ def _compare(runs:_Files, /, *, out:_Path=Path('compare'), control:str=''):
     _compare_into(out, runs, control)
 
 def _compare_into(out, runs, control=''):
-    from kdocr.analysis.compare import compare_runs, find_runs, read_run
+    from kdocr.analysis.compare import compare_runs
+    from kdocr.analysis.finished_runs import find_runs, read_run
     done, going = find_runs(runs)
     for path in going: print(f'kdocr: {path}: not finished, left out', file=sys.stderr)
     text, kept, gains = compare_runs([read_run(p) for p in done], control)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_SPACE', 'KdocrError', 'nearest', 'atomic_write', 'write_json', 'read_json', 'writable', 'wait_lock', 'is_locked',
-           'TemporaryFailure', 'try_lock', 'digest', 'seed_of', 'np_rng', 'to_device', 'progress', 'Stopped',
-           'stop_signals', 'guard', 'run_app']
+           'TemporaryFailure', 'try_lock', 'digest', 'write_sealed', 'read_sealed', 'seed_of', 'np_rng', 'to_device',
+           'progress', 'Stopped', 'stop_signals', 'guard', 'run_app']
 
 # %% ../nbs/01_core.ipynb #0002
 import difflib, errno, hashlib, json, os, signal, socket, sys, tempfile, threading
@@ -104,13 +104,13 @@ def try_lock(lock:Path, # file of the lock; its folder exists
             ):
     "Hold `lock` for the length of a `with`. Raises `TemporaryFailure` naming the process that holds it already."
     held = FileLock(lock, thread_local=False)
-    owner = lock.with_name(f'{lock.name}.owner')
+    holder = lock.with_name(f'{lock.name}.holder')
     try: held.acquire(timeout=0)
     except Timeout:
-        name = owner.read_text(encoding='utf-8') if owner.exists() else 'it has not left its name yet'
+        name = holder.read_text(encoding='utf-8') if holder.exists() else 'it has not written its name yet'
         raise TemporaryFailure(f'{lock.parent}: another process is at work on this run ({name})') from None
     try:
-        try: owner.write_text(f'{what}, pid {os.getpid()} on {socket.gethostname()}', encoding='utf-8')
+        try: holder.write_text(f'{what}, pid {os.getpid()} on {socket.gethostname()}', encoding='utf-8')
         except OSError as e:
             if e.errno not in NO_SPACE: raise # a full disk prevents the name, not the lock
         yield
@@ -136,6 +136,27 @@ def _feed(h, p):
         for x in p: _feed(h, x)
     elif p is None or isinstance(p, (str, int, float)): h.update(f'{type(p).__name__}:{p!r};'.encode())
     else: raise TypeError(f'digest: {type(p).__name__} has no stable contents')
+
+# %% ../nbs/01_core.ipynb #d7cefb1a
+def write_sealed(path:str|Path, body, **head) -> Path: # head: what the body was made from, plain values
+    "Write `body` as JSON under a digest of itself and its head, atomically."
+    body, head = json.dumps(body, separators=(',', ':')).encode(), json.dumps(head, sort_keys=True)
+    top = f'{{"head": {head}, "digest": "{digest(head, body)}", "body":\n'
+    with atomic_write(path) as tmp: tmp.write_bytes(top.encode() + body + b'\n}\n')
+    return Path(path)
+
+def read_sealed(path:str|Path, **head): # the body
+    "Return the body. Raises `KdocrError` where the file is absent or not whole, or its head is not the one asked for."
+    try:
+        top, body, end = Path(path).read_bytes().split(b'\n', 2)
+        about = json.loads(top + b'0}')
+        whole = end == b'}\n' and about['digest'] == digest(json.dumps(about['head'], sort_keys=True), body)
+    except OSError as e: raise KdocrError(f'{path}: {e.strerror}') from None
+    except (ValueError, KeyError, TypeError): whole = False
+    if not whole: raise KdocrError(f'{path}: damaged, or not written by this version')
+    other = [f'{k} {about["head"].get(k)!r}, asked is {v!r}' for k, v in head.items() if about['head'].get(k) != v]
+    if other: raise KdocrError(f'{path}: made with {", ".join(other)}')
+    return json.loads(body)
 
 # %% ../nbs/01_core.ipynb #0017
 def seed_of(*parts) -> int:

@@ -44,7 +44,7 @@ def test_notebooks_are_copied_out_and_never_overwritten(tmp_path, capsys):
     (['dmeo'], 'Unknown command "dmeo". Did you mean "demo"?'), (['demo', '--quik'], 'Did you mean --quick?'), (['demo', '--cores', 'two'], 'two'),
     (['sweep', 'f.yaml', '--cluster', 'slrum'], 'Did you mean "slurm"?'), (['synth', 'd', 'e'], "['e']"),
     (['run', 'train_kdd'], "notebook train_kdd: no such file: did you mean 'train_kd'?"), (['run', 'train_kd', '-p', 'step', '9'], "no parameter 'step': did you mean 'steps'?"),
-    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere'), (['sweep', 'f.yaml', '--gpus', '-1'], '--gpus'), (['synth', 'd', '--tracks', '-5'], '--tracks'), (['check', ''], 'an empty path'), (['submit', ''], 'an empty path'), (['export', 'x', '--data', ''], '--data: an empty path'), (['compare'], 'RUNS'), (['compare', ''], 'an empty path'), (['submit', 'd', '--ckpt', 'a', ''], '--ckpt: an empty path'), (['compare', '/nowhere'], '/nowhere: not a run folder')])
+    (['run', 'train_kd', '-p', 'lr', 'fast'], 'parameter lr'), (['report', '/nowhere'], '/nowhere: not a run folder'), (['check', '/nowhere'], '/nowhere'), (['sweep', 'f.yaml', '--gpus', '-1'], '--gpus'), (['synth', 'd', '--tracks', '-5'], '--tracks'), (['check', ''], 'an empty path'), (['submit', ''], 'an empty path'), (['export', 'x', '--data', ''], '--data: an empty path'), (['compare'], 'RUNS'), (['compare', ''], 'an empty path'), (['submit', 'd', '--ckpt', 'a', ''], 'an empty path'), (['compare', '/nowhere'], '/nowhere: not a run folder')])
 def test_a_mistake_is_one_line_and_status_2(args, said, capfd):
     assert main(args) == 2
     out, err = capfd.readouterr()

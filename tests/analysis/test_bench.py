@@ -11,7 +11,8 @@ from kdocr.charset import Charset
 from kdocr.core import KdocrError
 from kdocr.distill.ctc import ctc_loss
 from kdocr.data.batches import open_data, to_input
-from kdocr.data.icpr import check, index_data, read_image
+from kdocr.data.check import check
+from kdocr.data.icpr import index_data, read_image
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.data.pack import fit
 from kdocr.training.networks import load_teacher, new_projections, new_student

@@ -212,7 +212,7 @@ def test_joined_plates_have_new_texts_and_one_cut_for_student_and_teacher():
 
 def test_a_batch_without_a_teacher_is_a_standard_one():
     b = ICPR_LPR_Distill_Dataset(numbered(), ['t0'], aug_strength=1., clean_hr_guided=False).batch(torch.tensor([0]), 0, CPU)
-    assert b.clean_hr is None and b.to('cpu').images.shape == (1, 1, 3, 32, 128)
+    assert b.clean_hr is None and b.images.shape == (1, 1, 3, 32, 128)
 
 
 def test_what_cannot_be_served_is_refused_by_name():
@@ -313,9 +313,9 @@ def test_pictures_in_memory_and_in_files_give_the_same_batches():
 
 def test_pictures_that_do_not_fit_are_refused_before_they_are_copied(monkeypatch):
     data = ICPR_LPR_HR_Dataset(numbered(), ['t0'])
-    monkeypatch.setattr(kdocr.data.batches, 'free_memory', lambda device: 1_000)
+    monkeypatch.setattr(kdocr.data.batches, '_free_memory', lambda device: 1_000)
     monkeypatch.setattr(torch, 'from_numpy', None)
-    with pytest.raises(KdocrError, match='data_on: device, but the packed pictures need .* data_on: disk'): to_device_memory([data], 'cpu', 'device')
+    with pytest.raises(KdocrError, match='data_on: device, but the pictures need .* free on .* data_on: disk'): to_device_memory([data], 'cpu', 'device')
     assert to_device_memory([data], torch.device('cuda'), 'auto') == 0, 'read from the files instead'
 
 

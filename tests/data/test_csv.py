@@ -12,8 +12,10 @@ from kdocr.cli import main
 from kdocr.config import load_config
 from kdocr.core import KdocrError, read_json
 from kdocr.data.batches import open_data
-from kdocr.data.icpr import hidden_folder, check, index_data, make_split, text_faults
+from kdocr.data.check import check, text_faults
+from kdocr.data.icpr import hidden_folder, index_data
 from kdocr.data.pack import _open_pack
+from kdocr.data.split import make_split
 from kdocr.training.command import train_command as train_kd
 
 WORDS = ['ab', 'né', 'ñandú', 'a-b', 'bb', 'ça va', 'été', 'da', 'ébène', 'nu', 'd-é', 'vue']
@@ -147,7 +149,7 @@ def test_bad_rows_are_named_with_their_line(words):
     rows = ['près/0.png,loin/0.jpg,ab,,', 'près/99.png,loin/1.jpg,da,,', 'près/2.png,loin/2.jpg,,,', 'empty.png,loin/3.jpg,nu,,', 'près/4.png,loin/0.jpg,ab,,', ',loin/5.jpg,ab,,',
             'près/6.png,loin/6.jpg,ab,,vall', 'près/7.png,loin/7.jpg', 'près/8.png,loin/8.jpg,ab,t,', 'près/9.png,loin/9.jpg,bb,t,']
     found = index_data(write(words, rows, 'hr,lr,text,track,split'))
-    assert faults(words) == ['3: près/99.png: No such file or directory', '4: the text is empty', '5: empty.png: empty file (0 bytes)', '6: loin/0.jpg stands on line 2 already', '7: no path under hr',
+    assert faults(words) == ['3: près/99.png: No such file or directory', '4: the text is empty', '5: empty.png: empty file (0 bytes)', '6: loin/0.jpg is on line 2 already', '7: no path under hr',
                              "8: split 'vall': did you mean 'val'?", '9: 2 cells, the header has 5', '9: the text is empty', "11: text 'bb', but an earlier row of track 't' has 'ab'"]
     assert not found.train # the first picture stands on two lines: nobody knows which is meant
 

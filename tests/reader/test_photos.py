@@ -12,7 +12,9 @@ from kdocr.config import load_config
 from kdocr.core import KdocrError
 from kdocr.data.batches import open_data
 from kdocr.reader.heights import DECODE_MODES, labelled_folder, downscale
-from kdocr.data.icpr import check, index_data, make_split, read_image
+from kdocr.data.check import check
+from kdocr.data.icpr import index_data, read_image
+from kdocr.data.split import make_split
 from kdocr.jobs.notebooks import run_notebook
 from kdocr.reader.recogniser import Reader, shipped
 from kdocr.data.synth import synth
