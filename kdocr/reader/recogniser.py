@@ -156,6 +156,7 @@ class Record:
     error:str=''                         # why nothing could be read
 
     def with_reading(self, reading:PlateReading) -> 'Record':
+        "Return the record with a text, its confidences and its layout."
         text, confidence, chars = reading
         layout = layout_of(text) or ''
         return replace(self, text=text, confidence=confidence, char_confidence=chars, layout=layout)
@@ -326,10 +327,10 @@ class Reader:
         text = vote_frames([r.text for r in alone], [r.confidence for r in alone])
         return average_views(reading_of(x, [text]*len(x), self.charset, options.layout))
 
-    def _records(self, some:list[PlateInput], options:_ReadOptions) -> Iterator[Record]:
+    def _records(self, some:list[PlateInput], options:_ReadOptions) -> list[Record]:
         opened = [self.open(plate) for plate in some]
         readings = iter(self.readings([np.stack(x) for x, _ in opened if x], options))
-        for frames, record in opened: yield record.with_reading(next(readings)) if frames else record
+        return [record.with_reading(next(readings)) if frames else record for frames, record in opened]
 
 # %% ../../nbs/reader/71_recogniser.ipynb #0020
 _HEADS = {'table': f'{"text":<9} {"sure":>6}  {"layout":<9} fr  path', 'jsonl': '',
