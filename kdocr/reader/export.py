@@ -90,7 +90,9 @@ class _Comparison(NamedTuple):
 
 @torch.no_grad()
 def _compare_graph(model:nn.Module, raw:bytes, charset:Charset, batches) -> _Comparison: # batches of images (b,f,3,H,W)
-    run, n, same, apart, seen = session(raw), 0, 0, 0., set()
+    run = session(raw)
+    n = same = apart = 0
+    frames = set()
     for x in batches:
         ours = model.forward_taps(x).logits
         theirs = torch.from_numpy(run.run(['logits'], {'images': x.numpy()})[0])
@@ -99,8 +101,8 @@ def _compare_graph(model:nn.Module, raw:bytes, charset:Charset, batches) -> _Com
         n += len(x)
         same += sum(a.text == b.text for a, b in zip(greedy_read(ours, charset), greedy_read(theirs, charset)))
         apart = max(apart, float((ours.softmax(-1) - theirs.softmax(-1)).abs().max()))
-        seen.add(x.shape[1])
-    return _Comparison(n, same, apart, tuple(sorted(seen)))
+        frames.add(x.shape[1])
+    return _Comparison(n, same, apart, tuple(sorted(frames)))
 
 # %% ../../nbs/reader/75_export.ipynb #70754519
 def _tracks(path:Path, data:Path|None, place:str) -> tuple[list[Track], str, str]: # lr or hr, and a name for the tracks

@@ -84,7 +84,8 @@ def session(file:str|Path|bytes,  # an ONNX file, or its bytes
     if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', device):
         raise KdocrError(f'device {device!r}; known: auto, cpu, cuda')
     import onnxruntime as ort
-    options, asked = ort.SessionOptions(), os.environ.get('OMP_NUM_THREADS', '')
+    asked = os.environ.get('OMP_NUM_THREADS', '')
+    options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or int(asked if asked.isdigit() else 0)
     gpu = 'CUDAExecutionProvider' in ort.get_available_providers()
@@ -155,6 +156,7 @@ class Record:
     error:str=''                         # why nothing could be read
 
     def with_reading(self, reading:PlateReading) -> 'Record':
+        "Return the record with a text, its confidences and its layout."
         text, confidence, chars = reading
         layout = layout_of(text) or ''
         return replace(self, text=text, confidence=confidence, char_confidence=chars, layout=layout)
@@ -210,7 +212,9 @@ def _fuse(net:Network, plates:list[np.ndarray], # (f,H,W,3) uint8 each
 class Reader:
     "Reads images of plates: `Reader.load().read('plate.png')`."
     def __init__(self, net:Network):
-        self.net, self.about, self.charset = net, net.about, Charset(net.about['charset'])
+        self.net = net
+        self.about = net.about
+        self.charset = Charset(net.about['charset'])
 
     @classmethod
     def load(cls, path:str|Path|None=None, device:str='auto', threads:int=0) -> 'Reader': # as for `load_network`
@@ -323,10 +327,10 @@ class Reader:
         text = vote_frames([r.text for r in alone], [r.confidence for r in alone])
         return average_views(reading_of(x, [text]*len(x), self.charset, options.layout))
 
-    def _records(self, some:list[PlateInput], options:_ReadOptions) -> Iterator[Record]:
+    def _records(self, some:list[PlateInput], options:_ReadOptions) -> list[Record]:
         opened = [self.open(plate) for plate in some]
         readings = iter(self.readings([np.stack(x) for x, _ in opened if x], options))
-        for frames, record in opened: yield record.with_reading(next(readings)) if frames else record
+        return [record.with_reading(next(readings)) if frames else record for frames, record in opened]
 
 # %% ../../nbs/reader/71_recogniser.ipynb #0020
 _HEADS = {'table': f'{"text":<9} {"sure":>6}  {"layout":<9} fr  path', 'jsonl': '',
@@ -373,7 +377,9 @@ def read_paths(paths:list,         # images, tracks, folders and CSV files
     "Read everything and write one record per plate. Errors are also printed to standard error; reading goes on."
     shape = _shape(shape, out)
     if out and out.is_dir(): raise KdocrError(f'{out}: a folder, where a file is to be written')
-    reader, plates, bad = Reader.load(ckpt, device, threads), list(find_plates(list(paths))), 0
+    reader = Reader.load(ckpt, device, threads)
+    plates = list(find_plates(list(paths)))
+    bad = 0
     scrolls = out is None and _terminal(sys.stdout)
     silent = scrolls and shape == 'table' and _terminal(sys.stderr)
     records = reader.stream(plates, decoder, layout, frames, batch, tta_below)

@@ -99,6 +99,8 @@ def test_transparent_is_white(): assert (load_image(clear_corner()).pixels[:16] 
                                bars()/255, (bars()[..., 0]/255).astype(np.float32), bars()[..., 0].astype('>u2')*257], ids=range(11))
 def test_arrays_and_pil_images_are_read(x): assert texts(READER.read([x, x])) == [TEXT]*2 and texts(READER.read(x)) == [TEXT]
 
+def test_bits_are_black_and_white(): assert np.array_equal(load_image(np.eye(20, dtype=bool)).pixels[..., 0], 255*np.eye(20))
+
 def test_pixels_are_those_of_training(tmp_path):
     "Pillow and OpenCV decode PNG and JPEG to the same bytes."
     from kdocr.data.icpr import read_image
