@@ -34,8 +34,7 @@ def nearest(name:str,     # what was asked for
 @contextmanager
 def atomic_write(path:str|Path # the file's final name; its folder is made where missing
                 ):             # yields the temporary `Path` to write to
-    """Write to a temporary name, then rename; on an error the old file stays and the temporary one is deleted.
-    Raises `OSError` for a device or a pipe, which a file must not replace."""
+    "Write to a temporary name, then rename; on an error the old file stays. Raises `OSError` for a device or a pipe."
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, 'not a regular file', str(path))
@@ -86,8 +85,7 @@ def wait_lock(folder:Path # made where missing
 
 # %% ../nbs/01_core.ipynb #49c4d269
 class TemporaryFailure(KdocrError):
-    """A failure that the program did not cause: another process works on the same run, a kernel was killed,
-    a disk is full. The same command may succeed later."""
+    "A failure that the program did not cause (a run in use, a killed kernel, a full disk): it may succeed later."
     exit_code = 75
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -199,8 +197,7 @@ def stop_signals():
 
 # %% ../nbs/01_core.ipynb #0020
 def guard(command, *args) -> int: # the exit status
-    """Run `command(*args)`. The status is 0 when it returns; on a `KdocrError`, whose message is printed, it is 2,
-    75 for a temporary failure, or 128 + signal for a stop."""
+    "Run `command(*args)`; on a `KdocrError` print it and return 2, 75 (temporary failure) or 128 + signal (stopped)."
     try: return command(*args) or 0
     except KdocrError as e:
         print(f'kdocr: {e}', file=sys.stderr)

@@ -87,8 +87,7 @@ def _stamp(char, width, stroke, corner, other=False): # (96,w) uint8, ink 255
         cv2.polylines(mask, [np.int32(line*8)], closed, 255, stroke, cv2.LINE_AA, shift=3)
     return mask
 
-def _rounded(points, soft, closed, radius):
-    "Return the path with its soft corners bent."
+def _rounded(points, soft, closed, radius): # the path with its soft corners bent
     out, n = [], len(points)
     for i, p in enumerate(points):
         if not soft[i] or (not closed and i in (0, n - 1)):
@@ -115,9 +114,7 @@ _TOWNS = ('PR-PARANAGUA PR-CURITIBA PR-COLOMBO PR-ARAUCARIA PR-LONDRINA PR-MARIN
           'PR-TOLEDO SC-CRICIUMA SC-JOINVILLE SC-ITAJAI SP-SANTOS SP-CAMPINAS SP-SAO_PAULO RS-CANOAS '
           'RS-PELOTAS MG-UBERABA MS-DOURADOS MT-CUIABA PARANA BRASIL').split()
 
-def draw_style(rng:Generator, layout:str,
-               variety:float=VARIETY, # 0..1
-              ) -> SimpleNamespace:
+def draw_style(rng:Generator, layout:str, variety:float=VARIETY) -> SimpleNamespace: # variety: 0..1
     "Draw a plausible style: older plates are mostly grey with black or red with white letters, Mercosur's white."
     u, old, v = rng.uniform, layout == 'Brazilian', variety
     far = max(0., (v - VARIETY)/(1 - VARIETY)) # what is beyond the usual, and draws no random number there
@@ -149,8 +146,7 @@ _PX = 0.8 # px per mm of the flat drawing
 
 def _px(mm): return round(mm * _PX)
 
-def _paste(mask, piece, x, y):
-    "Lay `piece` into `mask` where it fits; the brighter of the two stays."
+def _paste(mask, piece, x, y): # lay `piece` into `mask` where it fits; the brighter of the two stays
     h, w = piece.shape
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, mask.shape[1]), min(y + h, mask.shape[0])
     if x1 > x0 and y1 > y0: np.maximum(mask[y0:y1, x0:x1], piece[y0-y:y1-y, x0-x:x1-x], out=mask[y0:y1, x0:x1])
@@ -183,8 +179,7 @@ def _line(text, font, height):
     mask = np.asarray(mask.crop(mask.getbbox()))
     return cv2.resize(mask, (round(mask.shape[1]*height/mask.shape[0]), height), interpolation=cv2.INTER_AREA)
 
-def _furniture(style, font, rng): # (104,320) uint8
-    "Draw what is painted in the letters' colour besides the letters."
+def _furniture(style, font, rng): # (104,320) uint8; draw what is painted in the letters' colour besides the letters
     mask = np.zeros((_px(_PLATE[1]), _px(_PLATE[0])), np.uint8)
     if style.layout == 'Mercosur': return mask
     line = _line(style.town, font, _px(rng.uniform(11, 15)))
@@ -208,8 +203,7 @@ def _band(plate, style, font, rng):
     if rng.random() < 0.7: plate[_px(36):_px(36) + len(code), _px(5):_px(5) + len(code)] *= (.35 + .65*code)[..., None]
 
 # %% ../../nbs/data/10_plates.ipynb #001f
-def _clouds(rng, shape, cells): # `shape` float32, in 0..1
-    "Draw smooth noise with about `cells` blobs."
+def _clouds(rng, shape, cells): # `shape` float32, in 0..1; draw smooth noise with about `cells` blobs
     return cv2.resize(rng.random(cells, np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
 def paint(text:str, style:SimpleNamespace, font:str, rng:Generator) -> np.ndarray: # (104,320,3) uint8 RGB
