@@ -75,8 +75,7 @@ def _sample(x, y, pictures):
 # %% ../../nbs/data/15_augment.ipynb #f3c15950
 _LEAST = 9 # px, the height below which a plate cannot be read
 
-def draw_lowres(n:int,
-                share:float, # of the tracks
+def draw_lowres(n:int, share:float, # of the tracks
                 generator:torch.Generator) -> Tensor: # (n,) a seed each; 0: the track stays as it is
     "Draw which tracks are seen from farther away."
     far = torch.rand(n, generator=generator) < share

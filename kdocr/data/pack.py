@@ -164,8 +164,7 @@ def pack(tracks:Sequence[Track], # all of one part of the data
          cache:Path,             # folder that keeps packs
          height:int=32, width:int=128, # input size, pixels
          n_degraded:int=0,       # degraded copies of each HR frame
-         seed:int=0,             # of the degradation
-         part:str='train',       # names the pack
+         seed:int=0, part:str='train', # of the degradation; a name for the pack
          workers:int|None=None,  # processes; None: one per core
         ) -> tuple[Pack, dict[str, str]]: # the pack, and its `faults`
     "Find the tracks' pack, or decode them. Raises `KdocrError` where the cache cannot hold it."

@@ -20,8 +20,7 @@ from ..core import KdocrError
 # %% ../../nbs/data/10_plates.ipynb #0005
 def font_set(folder:str|Path|None=None) -> tuple[Path, ...]: # font files, the shipped ones first
     "Return the font files. Raises `KdocrError` naming a file that is no font or lacks a character."
-    own = Path(str(files('kdocr')/'assets'/'fonts'))
-    fonts = sorted(own.glob('*.ttf'))
+    fonts = sorted(Path(str(files('kdocr')/'assets'/'fonts')).glob('*.ttf'))
     if folder is not None:
         added = sorted(p for p in Path(folder).glob('*') if p.suffix.lower() in ('.ttf', '.otf'))
         if not added: raise KdocrError(f'{folder}: no .ttf or .otf file in it')
@@ -73,12 +72,11 @@ _PEN = {'A': '08 40 88|15 75', 'B': '@00 80~ 84~ 04|04 84~ 88~ 08 00', 'C': '82 
         '5': '80 00 03 83~ 88~ 08~ 06', '6': '82 80~ 00~ 08~ 88~ 84~ 04', '7': '00 80 38',
         '8': '@00~ 80~ 84~ 04~|@04~ 84~ 88~ 08~', '9': '06 08~ 88~ 80~ 00~ 04~ 84'}
 _OTHER = {'M': '08 00 46 80 88', 'Q': '@00~ 80~ 88~ 08~|66 88', 'W': '00 08 43 88 80', 'Y': '00 45 80|45 48'}
-_RELATIVE = {'I': 0, '1': .3, 'M': 1.15, 'W': 1.18, 'A': 1.08, 'V': 1.08, 'Y': 1.08, 'E': .92, 'F': .92, 'L': .9,
-             'J': .9}
+_WIDTHS = {'I': 0, '1': .3, 'M': 1.15, 'W': 1.18, 'A': 1.08, 'V': 1.08, 'Y': 1.08, 'E': .92, 'F': .92, 'L': .9, 'J': .9}
 
 def _stamp(char, width, stroke, corner, other=False): # (96,w) uint8, ink 255
     "Draw one letter of our own alphabet, as `_glyph` does; `corner` is a radius as a share of the height."
-    across = max(0., width*_GLYPH - stroke)*_RELATIVE.get(char, 1)
+    across = max(0., width*_GLYPH - stroke)*_WIDTHS.get(char, 1)
     mask = np.zeros((_GLYPH, round(across) + stroke), np.uint8)
     for path in ((other and _OTHER.get(char)) or _PEN[char]).split('|'):
         closed, path = path[0] == '@', path.lstrip('@').split()
@@ -230,9 +228,8 @@ def _bolt(plate, x, y, r, bright, rng):
     cv2.circle(plate, (x, y + 1), round(r), (25,)*3, 1, cv2.LINE_AA)
 
 def draw_plate(text:str, layout:str, rng:Generator,
-               fonts:tuple|None=None,  # font files; None: the shipped ones
-               variety:float=VARIETY,  # 0..1
-              ) -> np.ndarray:         # (104,320,3) uint8 RGB, 0.8 px per mm
+               fonts:tuple|None=None, # font files; None: the shipped ones
+               variety:float=VARIETY) -> np.ndarray: # (104,320,3) uint8 RGB, 0.8 px per mm; variety: 0..1
     "Draw a flat plate with `text`, in a style and a font of its own."
     fonts = fonts or font_set()
     return paint(text, draw_style(rng, layout, variety), str(fonts[rng.integers(len(fonts))]), rng)

@@ -95,8 +95,7 @@ def _claim(folder, asked): # whether the set is whole already
     return False
 
 def synth(folder:str|Path,            # made where missing
-          tracks:int, test:int,       # how many, to train and to test
-          seed:int,
+          tracks:int, test:int, seed:int, # how many tracks to train and to test
           fonts:str|Path|None=None,   # a folder of fonts, added to the shipped ones
           workers:int|None=None,      # processes; None: one per core
           variety:float=VARIETY,      # 0..1, how far plates differ; 1 for models that must read photographs
