@@ -102,7 +102,6 @@ def _grown(ids, size): # (b,k,k) whether prefix j is prefix i and one character
     same = (ids[:, :, None] == ids[:, None]) | (np.arange(t) >= size[:, :, None, None])
     return same.all(-1) & (size[:, None] == size[:, :, None] + 1)
 
-# %% ../nbs/05_decoding.ipynb #a579dd9c
 def beam(log_probs:np.ndarray, # (b,t,c)
          charset:Charset,
          width:int=10          # prefixes that are kept
@@ -156,7 +155,6 @@ def _patterns(layout:str # a name in `LAYOUTS`, 'either', or patterns with | bet
     names = {k.lower(): v for k, v in LAYOUTS.items()}
     return [names.get(x.lower(), x) for x in layout.split('|')]
 
-# %% ../nbs/05_decoding.ipynb #0016
 class Grammar(NamedTuple):
     "An automaton over the classes: state 0 has read nothing."
     step:np.ndarray # (q,c) the state after a character; -1: not allowed here

@@ -53,7 +53,6 @@ def _taps_of(model, images): # (b,f,3,h,w) -> {tap: (b,t,d)}
     taps = {k: torch.cat([s.taps[k] for s in seen]) for k in seen[0].taps}
     return {**taps, 'logits': torch.cat([s.logits for s in seen])}
 
-# %% ../../nbs/analysis/60b_alignment.ipynb #cmp053
 _ALIGNMENT = ['arm', 'run', 'seed', 'control', 'tap', 'cka', 'n', 'exact_match', 'lo', 'hi', 'tracks']
 
 def alignment_table(runs:list[Run],

@@ -218,7 +218,6 @@ def _explain_no_control(a:Arm, why:str) -> str:
     return (f'{a.name}: no control, so no gain ({why}). One is trained, for each seed, by: train_kd --config {config} '
             f'--distill_weight 0 --unlabelled drop --arm {arm} --name NEW --seed SEED')
 
-# %% ../../nbs/analysis/60_compare.ipynb #cmp041
 def _format_best(table:pd.DataFrame # rows of students
                 ) -> str:
     "Who read most, in one sentence."

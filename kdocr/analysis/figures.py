@@ -65,7 +65,6 @@ def legend_above(fig, axs, names=None, ncols:int=3) -> None: # names: labels in 
     if not shown: return
     fig.legend([found[k] for k in shown], shown, loc='outside upper left', ncols=min(ncols, len(shown)), fontsize=8)
 
-# %% ../../nbs/analysis/61_figures.ipynb #b57c71b5
 def percent_range(ax, lo:float, hi:float # shares of 1, the lowest and the highest that are drawn
                  ) -> None:
     "A vertical axis in percent over what is drawn, with some room, within 0 to 100."
@@ -118,7 +117,6 @@ def loss_terms(*logs:pd.DataFrame) -> list[_LegendEntry]: # CTC first, then the 
     found = sorted((term(k, *of) for k, of in split.items()), key=lambda x: (order.index(x.tap), kinds.index(x.kind)))
     return [_LegendEntry('ctc', 'ctc', 'ctc', *TERM_STYLES['ctc'], '-')] * ('ctc' in columns) + found
 
-# %% ../../nbs/analysis/61_figures.ipynb #482611e6
 def plot_losses(log:pd.DataFrame,     # a run's log
                 weighted:bool=False,  # as they enter the sum, or as they are
                 logy:bool=True,
@@ -202,7 +200,6 @@ def _key(ax): # what the marks mean, above the rows
     ax.legend(ncols=4, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1), bbox_transform=above, borderpad=0,
               columnspacing=1.2, handletextpad=.9)
 
-# %% ../../nbs/analysis/61_figures.ipynb #da0feb0f
 def plot_forest(gains:pd.DataFrame, # as `compare.comparisons` makes it
                 ax=None):
     "The gain of each arm on its control in points, in the frame's order from the top."

@@ -34,7 +34,6 @@ class Run(NamedTuple):
     @property
     def preds(self) -> list[Prediction]: return self.parts[self.part]
 
-# %% ../../nbs/analysis/58_finished_runs.ipynb #055141ff
 def read_values(path:Path # env.json or scores.json
                ) -> dict:
     "Raises `KdocrError` naming a file that is missing, or of another form."

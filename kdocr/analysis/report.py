@@ -99,7 +99,6 @@ def _figure_html(fig, alt:str) -> str:
     plt.close(fig)
     return f'<img alt="{html.escape(alt)}" style="width:{fig.get_figwidth() * 96:.0f}px" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
-# %% ../../nbs/analysis/66_report.ipynb #000c
 def _text(s): return re.sub(r'(?<=\d) (?=%|points)', '&nbsp;', html.escape(s)) # a number stays beside its unit
 
 def _summary_html(runs:list[Run], figures:Path) -> list[str]:
@@ -125,7 +124,6 @@ def _made_of(runs:list[Run]) -> str:
     shared = f"<p>All {len(rows)} runs: {html.escape(', '.join(f'{k} {rows[0][k]}' for k in same))}.</p>" if same else ''
     return f'<footer><h3>What this was made of</h3>{shared}<div class=scroll>{_table_html(pd.DataFrame([{k: r.get(k) for k in ("run", *keys) if k not in same} for r in rows]))}</div></footer>'
 
-# %% ../../nbs/analysis/66_report.ipynb #a6d7941a
 def _readable(paths:list[str|Path]         # run folders, and folders of run folders
              ) -> tuple[list[Run], list[str]]: # a line for each that is left out
     "The runs of a report. Raises `KdocrError` where none is left."
@@ -140,7 +138,6 @@ def _readable(paths:list[str|Path]         # run folders, and folders of run fol
     if not runs: raise KdocrError('; '.join(said) or 'no run was named')
     return runs, said + others
 
-# %% ../../nbs/analysis/66_report.ipynb #be6a90b2
 def report(runs:list[str|Path],         # run folders, and folders of run folders
            out:str|Path='report.html',
            note:str=''                  # a warning to stand above all

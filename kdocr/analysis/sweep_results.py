@@ -43,7 +43,6 @@ def results_text(table:pd.DataFrame) -> str:
     left = f'{{:<{max(map(len, table.run))}}}'.format
     return shown.rename(columns=dict(run=left('run'))).to_string(index=False, formatters={left('run'): left})
 
-# %% ../../nbs/analysis/63_sweep_results.ipynb #jb0020
 def plot_results(table:pd.DataFrame, # as `results` makes it
                  ax=None):
     "Exact match of each run; runs that differ by their seed alone share a line, with their mean."

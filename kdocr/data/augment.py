@@ -29,9 +29,7 @@ def draw_geometry(n:int,          # tracks
     return theta
 
 # %% ../../nbs/data/15_augment.ipynb #new1117
-def _lookup(theta:Tensor, # (n,3,3), as `draw_geometry` makes it
-            h:int, w:int,
-           ) -> tuple[Tensor, Tensor]: # columns and rows of the input in pixels, (n,h,w) each, inside the picture
+def _lookup(theta, h, w): # (n,h,w) columns and rows of the input in pixels, inside the picture
     "Return the place in the input of each output pixel; outside the border it is the nearest border pixel."
     def centres(size): return (torch.arange(size, device=theta.device) * 2 + 1) / size - 1
     x, y, z = centres(w), centres(h)[:, None], theta[:, 2]
@@ -45,8 +43,7 @@ def _lookup(theta:Tensor, # (n,3,3), as `draw_geometry` makes it
 def warp(theta:Tensor,     # (n,3,3), as `draw_geometry` makes it
          *pictures:Tensor, # (n,f,h,w,3) uint8 each
         ) -> list[Tensor]: # the same shapes, uint8
-    """Return all the pictures, each track seen through its one map: bilinear, rounded to whole grey levels,
-    outside the border the border's colour."""
+    "Return the pictures, each track through its one map: bilinear, in whole grey levels, the border repeated outside."
     n, _, h, w, _ = pictures[0].shape
     x, y = _lookup(to_device(theta, pictures[0].device), h, w)
     return (_remap if x.device.type == 'cpu' else _sample)(x, y, pictures)
@@ -78,8 +75,7 @@ def _sample(x, y, pictures):
 # %% ../../nbs/data/15_augment.ipynb #f3c15950
 _LEAST = 9 # px, the height below which a plate cannot be read
 
-def draw_lowres(n:int,
-                share:float, # of the tracks
+def draw_lowres(n:int, share:float, # of the tracks
                 generator:torch.Generator) -> Tensor: # (n,) a seed each; 0: the track stays as it is
     "Draw which tracks are seen from farther away."
     far = torch.rand(n, generator=generator) < share

@@ -9,7 +9,7 @@ __all__ = ['PlateBatch', 'rows_of', 'to_input', 'ICPR_LPR_HR_Dataset', 'ICPR_LPR
 # %% ../../nbs/data/16_batches.ipynb #0002
 import math
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -46,8 +46,7 @@ class PlateBatch:
     def __len__(self): return len(self.keys)
 
     def __getitem__(self, part:slice) -> 'PlateBatch':
-        values = (getattr(self, f.name) for f in fields(self))
-        return PlateBatch(*(None if v is None else v[part] for v in values))
+        return PlateBatch(*(v if v is None else v[part] for v in vars(self).values()))
 
 # %% ../../nbs/data/16_batches.ipynb #0008
 @lru_cache(maxsize=4)
@@ -159,8 +158,7 @@ class _PlateDataset(Dataset):
             return 'aug_strength draws a new geometric map at every step; n_fixed_augs fixes a few for each track'
 
     def batch(self, rows:Tensor,       # (b,) numbers of tracks, 0 to len-1
-              step:int=0,              # names the random numbers
-              device='cpu',
+              step:int=0, device='cpu', # the step names the random numbers
               frames:int|None=None,    # read the first so many, whatever `self.frames` is
               clean:bool=True,         # False: without the teacher's pictures, where they are not needed
               part:slice=slice(None),  # of the batch, where other processes have the rest
@@ -286,12 +284,10 @@ def to_device_memory(sets, # data sets; None among them are passed over
         if s is not None: s.pack = copies[id(s.pack)]
     return needed
 
-# %% ../../nbs/data/16_batches.ipynb #21218c75
+# %% ../../nbs/data/16_batches.ipynb #7633b712
 _SPLIT_SEED = 0
 
-def labelled(texts,       # of tracks
-             share:float, # of the different plates
-            ) -> set[str]:
+def labelled(texts, share:float) -> set[str]: # share: of the different plates
     "Return the texts that may be used, the same on any machine; a smaller share is part of a larger one."
     plates = sorted(set(texts), key=lambda t: digest('label', _SPLIT_SEED, t))
     return set(plates[:math.ceil(share * len(plates))])

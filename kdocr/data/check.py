@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['text_faults', 'check']
 
-# %% ../../nbs/data/18_check.ipynb #ad231423
+# %% ../../nbs/data/18_check.ipynb #78b3e100
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,9 +25,7 @@ def _text_fault(t, charset, steps, plate): # what is wrong with the track's text
     if t.layout in LAYOUTS and not fits(t.text, t.layout):
         return f'the text {t.text!r} does not fit the layout {t.layout} ({LAYOUTS[t.layout]}: L letter, D digit)'
 
-def text_faults(found:Index, charset:Charset,
-                steps:int # of time that the model has
-               ) -> dict[str, Fault]: # by the track's key
+def text_faults(found:Index, charset:Charset, steps:int) -> dict[str, Fault]: # by track; steps: the model's, in time
     "Return the texts that cannot be learnt, or do not fit their layout."
     known = [t for t in (*found.train, *found.test) if t.text is not None]
     faults = [(t, _text_fault(t, charset, steps, not found.lines)) for t in known]

@@ -38,10 +38,8 @@ class Conditions:
     bloom:float    # light that spills from what is brighter than 150, as a share
 
 # %% ../../nbs/data/11_degrade.ipynb #0008
-def track_conditions(rng:Generator,
-                     scenario:str='Scenario-A',
-                     variety:float=VARIETY, # 0..1: odds of glare and of too much light
-                    ) -> Conditions:
+def track_conditions(rng:Generator, scenario:str='Scenario-A',
+                     variety:float=VARIETY) -> Conditions: # variety: 0..1, odds of glare and of too much light
     "Draw the light and the camera of one track."
     u, bad = rng.uniform, scenario == 'Scenario-B'
     night = u(0.6, 1) if rng.random() < (0.35 if bad else 0.03) else 0.
@@ -58,8 +56,7 @@ def track_conditions(rng:Generator,
 
 # %% ../../nbs/data/11_degrade.ipynb #000b
 def light(picture:np.ndarray,  # (h,w,3) uint8 RGB
-          c:Conditions,
-          rng:Generator) -> np.ndarray: # (h,w,3) uint8
+          c:Conditions, rng:Generator) -> np.ndarray: # (h,w,3) uint8
     "Return the scene under the track's light: exposure, slope, night, glare, rain, haze."
     h, w = picture.shape[:2]
     x, y = np.linspace(-.5, .5, w, dtype=np.float32)[None], np.linspace(-.5, .5, h, dtype=np.float32)[:, None]
@@ -88,31 +85,25 @@ def _rain(picture, share, rng):
 # %% ../../nbs/data/11_degrade.ipynb #000e
 def camera(picture:np.ndarray, # (h,w,3) uint8, larger than `size`
            size:tuple,         # (width, height) in px
-           c:Conditions,
-           rng:Generator) -> np.ndarray: # (height,width,3) uint8
+           c:Conditions, rng:Generator) -> np.ndarray: # (height,width,3) uint8
     "Return the picture as the camera stores it, with `size` pixels."
     per = picture.shape[1]/size[0] # our px for each of the camera's
     seen = cv2.GaussianBlur(picture, (0, 0), max(.3, c.blur*per))
     if c.motion*per > 1.5: seen = cv2.filter2D(seen, -1, _streak(c.motion*per, c.angle))
     seen = cv2.resize(seen, size, interpolation=cv2.INTER_AREA if per > 1 else cv2.INTER_CUBIC).astype(np.float32)
-    seen = _stretch(seen, c.contrast) + c.noise*rng.standard_normal(seen.shape, np.float32)
+    mean, sd = seen.mean(), seen.std() + 4
+    if c.contrast: seen = (seen - mean)*(c.contrast/sd) + mean + .6*(118 - mean) # the mean moves towards the middle
+    seen = seen + c.noise*rng.standard_normal(seen.shape, np.float32)
     if c.sharpen: seen += c.sharpen*(seen - cv2.GaussianBlur(seen, (0, 0), c.radius))
     return jpeg(seen.clip(0, 255).astype(np.uint8), c.quality)
 
-def _streak(length, angle):
-    "Return a motion blur's kernel."
+def _streak(length, angle): # a motion blur's kernel
     n = 2*math.ceil(length/2) + 1
     k, mid, d = np.zeros((n, n), np.float32), n//2, length/2
     ends = [(round(8*(mid + s*d*math.cos(angle))), round(8*(mid + s*d*math.sin(angle)))) for s in (-1, 1)]
     cv2.line(k, *ends, 1., 1, cv2.LINE_AA, shift=3)
     k[mid, mid] = 1
     return k/k.sum()
-
-def _stretch(x, target):
-    "Stretch the contrast to a grey standard deviation of `target`, and move the mean towards the middle."
-    if not target: return x
-    mean, sd = x.mean(), x.std() + 4
-    return (x - mean)*(target/sd) + mean + .6*(118 - mean)
 
 def jpeg(picture:np.ndarray, quality:int) -> np.ndarray:
     "Return the picture, compressed and read back."

@@ -155,8 +155,7 @@ def _labels(path): # {track: (text, layout)}
         rows = [(r['track'], r['text'].strip(), (r.get('layout') or '').strip()) for r in rows if r['text']]
     return {track: (text, layout or layout_of(text) or '') for track, text, layout in rows if track}
 
-def _labelled(test, faults):
-    "Return the test tracks with the texts of the files next to them."
+def _labelled(test, faults): # the test tracks with the texts of the files next to them
     known = {}
     for path in sorted({f/'test_labels.csv' for p in {t.folder.parent for t in test} for f in (p, p.parent)}):
         if not path.is_file(): continue
@@ -262,8 +261,7 @@ def _row_faults(row, key, names, before): # before: the track's rows so far
         if not row[k]: yield f'no path under {k}'
     if len(before) == FRAMES: yield f'track {key!r} has {FRAMES} frames already'
 
-def _listed(path):
-    "Return the tracks that a CSV lists. Raises `KdocrError` as `read_rows` does."
+def _listed(path): # the tracks that a CSV lists. Raises `KdocrError` as `read_rows` does
     rows, faults, tracks, wrong = read_rows(path), [], {}, set()
     columns = [k for k in ('lr', 'hr', 'image') if any(r[k] for *_, r in rows)]
     for line, odd, row in rows:
@@ -299,8 +297,7 @@ def hidden_folder(root:str|Path) -> Path: # `root` itself, or for `pairs.csv` th
 
 # %% ../../nbs/data/12_icpr.ipynb #6edb1aa6
 def index_data(root:str|Path,
-               cache:str|Path|None=None, # folder that keeps the annotations' contents; None: read them all
-              ) -> Index:
+               cache:str|Path|None=None) -> Index: # cache: folder that keeps the annotations' contents; None: read all
     "Find the tracks under `root`, or in a CSV. Raises `KdocrError` where there is neither, or no track in it."
     root, collects = Path(root), gc.isenabled()
     gc.disable()

@@ -29,8 +29,7 @@ def fit(image:np.ndarray, # (h,w,3) uint8
 # %% ../../nbs/data/14_pack.ipynb #0008
 def decode_track(track:Track, height:int, width:int,
                  n_degraded:int, # degraded copies of each HR frame
-                 seed:int,
-                ) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]: # arrays by name; heights of frames, pixels
+                 seed:int) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]: # arrays; heights of frames, pixels
     "Return all pictures of one track at the input size. Raises `KdocrError` naming a file that cannot be read."
     hr, lr = [read_image(p) for p in track.hr], [read_image(p) for p in track.lr]
     if not lr: lr = [degrade(x, np_rng('lr', track.key, i)) for i, x in enumerate(hr)]
@@ -65,8 +64,7 @@ def _fingerprint(tracks):
     rows = [(t.key, t.text, t.layout, t.scenario, t.lr_files, t.hr_files, t.stamps) for t in tracks]
     return digest(repr(rows).encode())
 
-def _unchanged(track):
-    "Raise `KdocrError` naming a frame that has changed since it was indexed."
+def _unchanged(track): # raise `KdocrError` naming a frame that has changed since it was indexed
     for f, stamp in zip((*track.lr_files, *track.hr_files), track.stamps, strict=True):
         s = os.stat(os.path.join(track.folder, f))
         if (s.st_size, s.st_mtime_ns) != stamp:
@@ -81,10 +79,8 @@ def _mapped(file, descr, shape): # the array, which must have this type and shap
         raise KdocrError(f'{file}: not the array that was written')
     return x
 
-def _open_pack(folder:str|Path,
-               **made) -> Pack: # made: entries that the head of its index must have
-    """Open the pack in `folder`. Raises `KdocrError` naming the file where there is no pack, or one of another format,
-    of other data, or not whole."""
+def _open_pack(folder, **made): # made: entries that the head of its index must have
+    "Open a pack. Raises `KdocrError` naming the file where there is none, or one that is not whole or made otherwise."
     folder = Path(folder)
     if not (folder/'index.json').is_file(): raise KdocrError(f'{folder}: no pack (there is no index.json in it)')
     try:
@@ -129,8 +125,7 @@ def _free(folder): # bytes that can be written there
     kind = next((kinds[str(p)] for p in (at, *at.parents) if str(p) in kinds), '')
     return min(free, psutil.virtual_memory().available) if kind == 'tmpfs' else free
 
-def _check_pack_space(cache, tracks, arrays):
-    "Raise `KdocrError` where the disk cannot hold the pack."
+def _check_pack_space(cache, tracks, arrays): # raise `KdocrError` where the disk cannot hold the pack
     need = sum(int(np.prod(shape)) * np.dtype(descr).itemsize + 128 for descr, shape in arrays.values())
     need, free = need + 500 * len(tracks), _free(cache) # 128: a header; 500: in the index
     if need > free:
@@ -169,8 +164,7 @@ def pack(tracks:Sequence[Track], # all of one part of the data
          cache:Path,             # folder that keeps packs
          height:int=32, width:int=128, # input size, pixels
          n_degraded:int=0,       # degraded copies of each HR frame
-         seed:int=0,             # of the degradation
-         part:str='train',       # names the pack
+         seed:int=0, part:str='train', # of the degradation; a name for the pack
          workers:int|None=None,  # processes; None: one per core
         ) -> tuple[Pack, dict[str, str]]: # the pack, and its `faults`
     "Find the tracks' pack, or decode them. Raises `KdocrError` where the cache cannot hold it."

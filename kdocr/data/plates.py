@@ -20,8 +20,7 @@ from ..core import KdocrError
 # %% ../../nbs/data/10_plates.ipynb #0005
 def font_set(folder:str|Path|None=None) -> tuple[Path, ...]: # font files, the shipped ones first
     "Return the font files. Raises `KdocrError` naming a file that is no font or lacks a character."
-    own = Path(str(files('kdocr')/'assets'/'fonts'))
-    fonts = sorted(own.glob('*.ttf'))
+    fonts = sorted(Path(str(files('kdocr')/'assets'/'fonts')).glob('*.ttf'))
     if folder is not None:
         added = sorted(p for p in Path(folder).glob('*') if p.suffix.lower() in ('.ttf', '.otf'))
         if not added: raise KdocrError(f'{folder}: no .ttf or .otf file in it')
@@ -73,12 +72,11 @@ _PEN = {'A': '08 40 88|15 75', 'B': '@00 80~ 84~ 04|04 84~ 88~ 08 00', 'C': '82 
         '5': '80 00 03 83~ 88~ 08~ 06', '6': '82 80~ 00~ 08~ 88~ 84~ 04', '7': '00 80 38',
         '8': '@00~ 80~ 84~ 04~|@04~ 84~ 88~ 08~', '9': '06 08~ 88~ 80~ 00~ 04~ 84'}
 _OTHER = {'M': '08 00 46 80 88', 'Q': '@00~ 80~ 88~ 08~|66 88', 'W': '00 08 43 88 80', 'Y': '00 45 80|45 48'}
-_RELATIVE = {'I': 0, '1': .3, 'M': 1.15, 'W': 1.18, 'A': 1.08, 'V': 1.08, 'Y': 1.08, 'E': .92, 'F': .92, 'L': .9,
-             'J': .9}
+_WIDTHS = {'I': 0, '1': .3, 'M': 1.15, 'W': 1.18, 'A': 1.08, 'V': 1.08, 'Y': 1.08, 'E': .92, 'F': .92, 'L': .9, 'J': .9}
 
 def _stamp(char, width, stroke, corner, other=False): # (96,w) uint8, ink 255
     "Draw one letter of our own alphabet, as `_glyph` does; `corner` is a radius as a share of the height."
-    across = max(0., width*_GLYPH - stroke)*_RELATIVE.get(char, 1)
+    across = max(0., width*_GLYPH - stroke)*_WIDTHS.get(char, 1)
     mask = np.zeros((_GLYPH, round(across) + stroke), np.uint8)
     for path in ((other and _OTHER.get(char)) or _PEN[char]).split('|'):
         closed, path = path[0] == '@', path.lstrip('@').split()
@@ -87,8 +85,7 @@ def _stamp(char, width, stroke, corner, other=False): # (96,w) uint8, ink 255
         cv2.polylines(mask, [np.int32(line*8)], closed, 255, stroke, cv2.LINE_AA, shift=3)
     return mask
 
-def _rounded(points, soft, closed, radius):
-    "Return the path with its soft corners bent."
+def _rounded(points, soft, closed, radius): # the path with its soft corners bent
     out, n = [], len(points)
     for i, p in enumerate(points):
         if not soft[i] or (not closed and i in (0, n - 1)):
@@ -115,9 +112,7 @@ _TOWNS = ('PR-PARANAGUA PR-CURITIBA PR-COLOMBO PR-ARAUCARIA PR-LONDRINA PR-MARIN
           'PR-TOLEDO SC-CRICIUMA SC-JOINVILLE SC-ITAJAI SP-SANTOS SP-CAMPINAS SP-SAO_PAULO RS-CANOAS '
           'RS-PELOTAS MG-UBERABA MS-DOURADOS MT-CUIABA PARANA BRASIL').split()
 
-def draw_style(rng:Generator, layout:str,
-               variety:float=VARIETY, # 0..1
-              ) -> SimpleNamespace:
+def draw_style(rng:Generator, layout:str, variety:float=VARIETY) -> SimpleNamespace: # variety: 0..1
     "Draw a plausible style: older plates are mostly grey with black or red with white letters, Mercosur's white."
     u, old, v = rng.uniform, layout == 'Brazilian', variety
     far = max(0., (v - VARIETY)/(1 - VARIETY)) # what is beyond the usual, and draws no random number there
@@ -149,8 +144,7 @@ _PX = 0.8 # px per mm of the flat drawing
 
 def _px(mm): return round(mm * _PX)
 
-def _paste(mask, piece, x, y):
-    "Lay `piece` into `mask` where it fits; the brighter of the two stays."
+def _paste(mask, piece, x, y): # lay `piece` into `mask` where it fits; the brighter of the two stays
     h, w = piece.shape
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, mask.shape[1]), min(y + h, mask.shape[0])
     if x1 > x0 and y1 > y0: np.maximum(mask[y0:y1, x0:x1], piece[y0-y:y1-y, x0-x:x1-x], out=mask[y0:y1, x0:x1])
@@ -183,8 +177,7 @@ def _line(text, font, height):
     mask = np.asarray(mask.crop(mask.getbbox()))
     return cv2.resize(mask, (round(mask.shape[1]*height/mask.shape[0]), height), interpolation=cv2.INTER_AREA)
 
-def _furniture(style, font, rng): # (104,320) uint8
-    "Draw what is painted in the letters' colour besides the letters."
+def _furniture(style, font, rng): # (104,320) uint8; draw what is painted in the letters' colour besides the letters
     mask = np.zeros((_px(_PLATE[1]), _px(_PLATE[0])), np.uint8)
     if style.layout == 'Mercosur': return mask
     line = _line(style.town, font, _px(rng.uniform(11, 15)))
@@ -208,8 +201,7 @@ def _band(plate, style, font, rng):
     if rng.random() < 0.7: plate[_px(36):_px(36) + len(code), _px(5):_px(5) + len(code)] *= (.35 + .65*code)[..., None]
 
 # %% ../../nbs/data/10_plates.ipynb #001f
-def _clouds(rng, shape, cells): # `shape` float32, in 0..1
-    "Draw smooth noise with about `cells` blobs."
+def _clouds(rng, shape, cells): # `shape` float32, in 0..1; draw smooth noise with about `cells` blobs
     return cv2.resize(rng.random(cells, np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
 def paint(text:str, style:SimpleNamespace, font:str, rng:Generator) -> np.ndarray: # (104,320,3) uint8 RGB
@@ -236,9 +228,8 @@ def _bolt(plate, x, y, r, bright, rng):
     cv2.circle(plate, (x, y + 1), round(r), (25,)*3, 1, cv2.LINE_AA)
 
 def draw_plate(text:str, layout:str, rng:Generator,
-               fonts:tuple|None=None,  # font files; None: the shipped ones
-               variety:float=VARIETY,  # 0..1
-              ) -> np.ndarray:         # (104,320,3) uint8 RGB, 0.8 px per mm
+               fonts:tuple|None=None, # font files; None: the shipped ones
+               variety:float=VARIETY) -> np.ndarray: # (104,320,3) uint8 RGB, 0.8 px per mm; variety: 0..1
     "Draw a flat plate with `text`, in a style and a font of its own."
     fonts = fonts or font_set()
     return paint(text, draw_style(rng, layout, variety), str(fonts[rng.integers(len(fonts))]), rng)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Split', 'make_split', 'shared_split']
 
-# %% ../../nbs/data/17_split.ipynb #30f7d121
+# %% ../../nbs/data/17_split.ipynb #4e5cd701
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -44,8 +44,6 @@ def _plan_tracks(tracks, test, seed):
     return jobs
 
 # %% ../../nbs/data/13_synth.ipynb #0008
-_CORNERS = 'top-left', 'top-right', 'bottom-right', 'bottom-left'
-
 def _draw_track(job, seed, fonts, variety): # {file name: (frame, corners)}
     "Draw all the pictures of one track; a pure function of its arguments."
     rng = np_rng('synth', 'track', seed, job.folder, job.text)
@@ -60,14 +58,14 @@ def _draw_track(job, seed, fonts, variety): # {file name: (frame, corners)}
 def _track_annotation(job, pictures): # contents of annotations.json
     note = {'plate_layout': job.layout, 'plate_text': job.text}
     if job.scenario == 'Scenario-A':
+        corners = 'top-left', 'top-right', 'bottom-right', 'bottom-left'
         whole = {f: at.round().astype(int).tolist() for f, (_, at) in sorted(pictures.items())}
-        note['corners'] = {f: dict(zip(_CORNERS, at)) for f, at in whole.items()}
+        note['corners'] = {f: dict(zip(corners, at)) for f, at in whole.items()}
     elif int(digest(job.text), 16) % 2 == 0: note['corners'] = {}
     return note
 
 # %% ../../nbs/data/13_synth.ipynb #000a
-def _write_track(root, seed, fonts, variety, job):
-    "Draw and store one track, whole or not at all."
+def _write_track(root, seed, fonts, variety, job): # draw and store one track, whole or not at all
     final, tmp = root/job.folder, root/'.making'/f'{Path(job.folder).name}.{os.getpid()}'
     if final.exists(): return
     pictures = _draw_track(job, seed, fonts, variety)
@@ -97,14 +95,12 @@ def _claim(folder, asked): # whether the set is whole already
     return False
 
 def synth(folder:str|Path,            # made where missing
-          tracks:int, test:int,       # how many, to train and to test
-          seed:int,
+          tracks:int, test:int, seed:int, # how many tracks to train and to test
           fonts:str|Path|None=None,   # a folder of fonts, added to the shipped ones
           workers:int|None=None,      # processes; None: one per core
           variety:float=VARIETY,      # 0..1, how far plates differ; 1 for models that must read photographs
          ) -> Path:                   # the folder
-    """Draw a data set in the competition's layout, with the test part's texts in `test_labels.csv`, or finish one.
-    Raises `KdocrError` for a folder with other contents, or where files cannot be written."""
+    "Draw or finish a data set in the competition's layout. Raises `KdocrError` for a folder with other contents."
     folder, files = Path(folder), font_set(fonts)
     if min(tracks, test) < 0 or tracks + test == 0:
         raise KdocrError(f'tracks {tracks}, test {test}: at least one track is needed')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['map_jobs']
 
-# %% ../../nbs/data/19_workers.ipynb #fe9b6e4c
+# %% ../../nbs/data/19_workers.ipynb #fe2edd34
 import os, pickle, subprocess, sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import cv2
 from ..core import KdocrError, progress
 
-# %% ../../nbs/data/19_workers.ipynb #d091c805
+# %% ../../nbs/data/19_workers.ipynb #e6f064e2
 _PER_PROCESS = 50 # jobs; fewer are done before a process has started
 
 def _send(pipe, x):

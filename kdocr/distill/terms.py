@@ -103,7 +103,6 @@ def _parse_term(text:str, taps:Sequence[str], # where a term without a tap stand
     except KdocrError as e: raise KdocrError(f'{where}: {e}') from None
     return [DistillTerm(tap, name, _options(name, m['options'], where), weight, schedules) for tap in taps]
 
-# %% ../../nbs/distill/37_terms.ipynb #t3700012
 def _options(name, text, where):
     known, found = options_of(name), {}
     for part in filter(None, (text or '').split(',')):

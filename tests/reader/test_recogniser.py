@@ -452,7 +452,7 @@ def test_formats_agree(onnx_bars, tmp_path, capsys):
     assert main(['read', str(a), '--ckpt', str(onnx_bars), '--out', str(tmp_path/'x.jsonl')]) == 0 and json.loads((tmp_path/'x.jsonl').read_text())['text'] == TEXT
 
 @pytest.mark.parametrize('args, text', [(['--decoder', 'gredy'], "did you mean 'greedy'"), (['--frames', 'votes'], "did you mean 'vote'"), (['--format', 'json'], "did you mean 'jsonl'"), (['--layout', 'AAA0000'], "'A' is no place"),
-                                        (['--batch', '0'], 'at least 1'), (['--out', '/'], '/: a folder'), (['--out', ''], '--out: an empty path'), (['--out', 'x.json'], "x.json: format 'json': did you mean 'jsonl'"), (['--ckpt', ''], 'an empty path'), (['--out', '/proc/nowhere/x.csv'], '/proc/nowhere/x.csv'), (['--device', 'cuda'], 'cuda'), (['--device', 'gpu'], "device 'gpu'; known: auto, cpu, cuda"), (['--decoder', 'greedy', '--layout', 'Mercosur'], "layout 'Mercosur': the decoder greedy reads anything"), (['--frames', 'attention'], 'single frames')])
+                                        (['--batch', '0'], 'at least 1'), (['--out', '/'], '/: a folder'), (['--out', ''], '--out: an empty path'), (['--out', 'x.json'], "x.json: format 'json': did you mean 'jsonl'"), (['--out', '/proc/nowhere/x.csv'], '/proc/nowhere/x.csv'), (['--device', 'cuda'], 'cuda'), (['--device', 'gpu'], "device 'gpu'; known: auto, cpu, cuda"), (['--decoder', 'greedy', '--layout', 'Mercosur'], "layout 'Mercosur': the decoder greedy reads anything"), (['--frames', 'attention'], 'single frames')])
 def test_a_wrong_setting_is_one_line_and_status_2(args, text, onnx_bars, tmp_path, capsys):
     save(tmp_path/'a.png')
     assert main(['read', str(tmp_path/'a.png'), '--ckpt', str(onnx_bars), *args]) == 2
@@ -473,6 +473,7 @@ def test_a_name_cannot_break_a_line(onnx_bars, tmp_path, capsys):
         assert [r['path'] for r in read(capsys.readouterr().out)] == sorted(f'{tmp_path}/{n}' for n in [*names, 'bad\r.png'])
 
 def test_an_empty_path_is_not_the_present_folder(capsys):
+    assert main(['read', 'a.png', '--ckpt', '']) == 2 and '--ckpt: an empty path' in capsys.readouterr().err
     assert main(['read', '']) == 2 and capsys.readouterr().err == 'kdocr: an empty path (see: kdocr read --help)\n'
 
 def on_a_terminal(*args):
