@@ -14,7 +14,7 @@ setup(
     license='Apache-2.0', python_requires=f">={cfg['min_python']}",
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=[*find_packages(here, include=['kdocr', 'kdocr.*']), 'kdocr.assets', *notebooks], package_dir=notebooks,
-    package_data={'kdocr.assets': ['configs/*.yaml', 'fonts/*', 'reader/*'], **{name: ['*.ipynb', '*.yaml', '*.png'] for name in notebooks}},
+    package_data={'kdocr.assets': ['configs/*.yaml', 'fonts/*', 'reader/*', 'report.css'], **{name: ['*.ipynb', '*.yaml', '*.png'] for name in notebooks}},
     install_requires=cfg['requirements'].split(),
     extras_require={'export': cfg['export_requirements'].split(),
                     'docs': cfg['docs_requirements'].split(),

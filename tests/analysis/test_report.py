@@ -6,7 +6,7 @@ from kdocr.core import KdocrError, read_json, write_json
 from kdocr.config import Config
 from kdocr.metrics import Prediction
 from kdocr.training.run_folder import RunFolder
-from kdocr.analysis.report import _made_of, _readable, _summary_html
+from kdocr.analysis.report import _described, _first_screen, _made_of, _readable, _summary_html, page
 
 FACTS = dict(data_fingerprint='aa', split_hash='bb', torch='2.13')
 
@@ -46,7 +46,7 @@ def test_the_summary_holds_the_gains_as_a_figure_and_a_number_beside_its_unit(re
     runs, _ = _readable([results])
     page = '\n'.join(_summary_html(runs, tmp_path/'figures'))
     assert {p.name for p in (tmp_path/'figures').iterdir()} == {f'{n}.{k}' for n in ('arms', 'gains') for k in ('png', 'pdf')} and page.count('<img') == 2
-    assert page.startswith('<div class=verdict>') and '70.0&nbsp;% exact match' in page and '+10.0&nbsp;points' in page
+    assert '70.0&nbsp;% exact match' in page and '+10.0&nbsp;points' in page and page.count('<figcaption>') == 2
 
 def test_the_small_print_says_once_what_all_share(results):
     runs, _ = _readable([results])
@@ -55,3 +55,23 @@ def test_the_small_print_says_once_what_all_share(results):
     write_json(RunFolder(runs[0].path).env, dict(read_json(RunFolder(runs[0].path).env), torch='2.6'))
     said = _made_of(runs)
     assert said.count('2.13') == 5 and said.count('>2.6<') == 1 and 'All 6 runs: data_fingerprint aa, split_hash bb.' in said
+
+def test_the_first_screen_answers_with_seeds_tiles_and_a_sentence(results):
+    runs, _ = _readable([results])
+    lead, badge, tiles, strip = _first_screen(runs)
+    assert 'soft: +10.0&nbsp;points on its control over 100 held-out tracks' in lead and 'distillation helped' in lead
+    assert '3 seeds per arm' in badge and 'few' not in badge and tiles.count('<b>') == 2 and '60.0&nbsp;%' in tiles
+    assert strip == '', 'its data are gone'
+
+def test_the_first_screen_without_a_control_or_with_one_seed_says_so(results):
+    runs, _ = _readable([results])
+    lead, badge, tiles = _first_screen([r for r in runs if r.cfg.arm == 'soft'])
+    assert 'Best of 1 arms' in lead and '3 seeds' in badge and tiles == ''
+    lead, badge, *_ = _first_screen([r for r in runs if r.cfg.seed == 0])
+    assert 'not enough seeds to say' in lead and '1 seed per arm: compares weights, not methods' in badge
+
+def test_every_picture_is_described_and_the_page_fits_a_phone_and_the_dark():
+    seen = page('T', _described('<h2 id="a">A &amp; B</h2><p><img src="1" alt="x"/></p><h3>C</h3><img src="2">'))
+    assert 'alt="Figure: A &amp; B"' in seen
+    assert 'alt="Figure: C"' in seen and '<a href="#a">' in seen
+    assert 'prefers-color-scheme: dark' in seen and 'max-width: 480px' in seen and '@media print' in seen and 'sticky' in seen
