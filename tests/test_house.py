@@ -205,15 +205,15 @@ def config_fields():
 
 
 AT_MOST = { # what is measured -> (how many at most, what is counted)
-    'tokens': (121_800, lambda: sum(tokens().values())),
-    'non-blank lines': (9_680, lambda: sum(bool(l.strip()) for p in SIZED for l in p.read_text().splitlines())),
-    'lines over 120 characters': (850, long_lines),
-    'public names': (464, public_names),
+    'tokens': (120_038, lambda: sum(tokens().values())),
+    'non-blank lines': (10_063, lambda: sum(bool(l.strip()) for p in SIZED for l in p.read_text().splitlines())),
+    'lines over 120 characters': (0, long_lines),
+    'public names': (450, public_names),
     'public names in two modules': (0, lambda: [f'{n}: {", ".join(ps)}' for n, ps in public_names().items() if len(ps) > 1]),
     'modules at the root': (8, lambda: [p.name for p in LIB.glob('*.py') if p.name != '_modidx.py']),
-    'exports without a lesson': (54, without_lesson),
+    'exports without a lesson': (0, without_lesson),
     'config fields': (58, config_fields),
-    'library notebooks with fewer than 2 words of prose per code line': (20, lambda: [n.stem for n in SIZED_NOTEBOOKS if prose(n) < 2]),
+    'library notebooks with fewer than 2 words of prose per code line': (19, lambda: [n.stem for n in SIZED_NOTEBOOKS if prose(n) < 2]),
     'README words': (1000, lambda: (ROOT/'README.md').read_text().split()),
 }
 

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
+from PIL import Image
 from ..core import KdocrError, atomic_write, read_json
 from ..metrics import exact_match, pct
 from ..data.icpr import index_data, read_image
@@ -56,7 +57,7 @@ def _comparisons_html(table:pd.DataFrame) -> str: # as `comparisons` makes it
     if (shown.seeds == 1).all(): return _table_html(shown.drop(columns=['seeds', 't over the seeds']))
     return _table_html(shown.drop(columns='McNemar p') if (shown.seeds > 1).all() else shown)
 
-# %% ../../nbs/analysis/66_report.ipynb #a61d9b70
+# %% ../../nbs/analysis/66_report.ipynb #e38ab5c1
 def _text(s): return re.sub(r'(?<=\d) (?=%|points)', '&nbsp;', html.escape(s)) # a number stays with its unit
 
 def _image(image, alt) -> str: # (h,w,3) uint8 RGB, or the bytes of a PNG
@@ -70,7 +71,8 @@ def _tiles_html(runs:list[Run], gain) -> str: # `gain`: a row of `comparisons`, 
         change = f'{100 * gain["mean"]:+.1f} points ({_span(gain.lo, gain.hi)})'
         tiles += [('Control', f'{pct(gain.control_exact_match)} %', f'{gain.control}, LR tracks, no distillation'),
                   ('Distilled', f'{pct(gain.exact_match)} %', f'{gain.arm}: {change}')]
-    def tile(name, value, note): return f'<div>{html.escape(name)}<b>{_text(value)}</b><small>{_text(note)}</small></div>'
+    def tile(name, value, note):
+        return f'<div>{html.escape(name)}<b>{_text(value)}</b><small>{_text(note)}</small></div>'
     return f'<div class=tiles>{"".join(tile(*t) for t in tiles)}</div>' if tiles else ''
 
 def _badge_html(runs:list[Run]) -> str:
@@ -115,7 +117,8 @@ def _first_screen(runs:list[Run]) -> list[str]:
         lead = (f'{gain.arm}: {100 * gain["mean"]:+.1f} points on its control over {gain.tracks} held-out tracks '
                 f'(95 % interval {_span(gain.lo, gain.hi)}): {judged}.')
     strip = [] if gain is None else [_strip_html(runs, gain)]
-    return [f'<p class=lead>{_text(lead)}</p>', _badge_html(runs), _tiles_html(runs, gain), *strip]
+    lead = f'<p class=lead>{_text(lead[0].upper() + lead[1:])}</p>'
+    return [lead, _badge_html(runs), _tiles_html(runs, gain), *strip]
 
 # %% ../../nbs/analysis/66_report.ipynb #0008
 def _plain(text): return ' '.join(re.sub('<[^>]+>', '', text).replace('¶', '').split())
@@ -139,9 +142,18 @@ def _notebook_html(path:Path) -> str: # of an executed notebook: no code, no err
     return _described(body.replace('<h2>', f'<h2 id="{path.stem}">', 1))
 
 # %% ../../nbs/analysis/66_report.ipynb #000b
+def _light(body:str) -> str: # the same HTML, its pictures in at most 256 colours each
+    def fewer(m):
+        png, out = base64.b64decode(m[1]), io.BytesIO()
+        image = Image.open(io.BytesIO(png)).convert('RGB').quantize(256, dither=Image.Dither.NONE)
+        image.save(out, 'png', optimize=True)
+        small = min(png, out.getvalue(), key=len)
+        return f'data:image/png;base64,{base64.b64encode(small).decode()}'
+    return re.sub(r'data:image/png;base64,([\w+/=\s]+)', fewer, body)
+
 def page(title:str, *parts:str) -> str: # HTML
     "Return a whole document with links to the sections that have an `id`."
-    body = '\n'.join(parts)
+    body = _light('\n'.join(parts))
     found = re.findall(r'<h2 id="([^"]+)"[^>]*>(.*?)</h2>', body, re.S)
     links = ' '.join(f'<a href="#{at}">{_plain(words)}</a>' for at, words in found)
     css = (files('kdocr')/'assets'/'report.css').read_text(encoding='utf-8')

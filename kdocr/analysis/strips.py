@@ -223,7 +223,7 @@ def mark_disagreement(axes,           # as `plot_spikes` returned them; the firs
     blank = f"\n\nblank {next(iter(agreement.values()))['teacher_blank']:.0%}" if agreement else ''
     axes[0].set_title(first + blank, fontsize=7.5)
 
-def plot_alike_accurate(frame:pd.DataFrame, # per run and tap: arm, control (bool), tap, cka, exact_match, lo, hi, tracks
+def plot_alike_accurate(frame:pd.DataFrame, # per run and tap: arm, control, tap, cka, exact_match, lo, hi, tracks
                         measure:str='cka', xlabel:str='debiased linear CKA with the teacher'):
     "Draw alignment against accuracy: one panel per tap, one point per run, hollow for a control. Return the figure."
     frame = frame[frame[measure].notna()]

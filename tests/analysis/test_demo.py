@@ -78,7 +78,7 @@ def test_the_quick_demo_goes_on_after_a_kill_and_tells_who_won(tmp_path):
     assert all(arm in out for arm in ('HR teacher, reading HR', 'HR teacher, reading LR', 'random init, control', 'random init, distilled', "teacher's weights, control", "teacher's weights, distilled"))
     said = re.search(r'(Best|None) of (the )?4 students .*100 held-out', out) # so few steps may read nothing, and then it says so
     assert said and 'One seed each' in out and out.count('paired 95 % interval') == 2 and 'mean little' in out
-    assert 'training' in second.stderr and 'Traceback' not in second.stderr
+    assert '5 of 5 finished' in second.stdout and 'Traceback' not in second.stderr
 
     runs = {n: read_run(tmp_path/'demo'/n) for n in NAMES}
     assert all((r.path/'train_kd.ipynb').exists() and (r.path/'figures/losses.png').exists() for r in runs.values())
@@ -87,6 +87,7 @@ def test_the_quick_demo_goes_on_after_a_kill_and_tells_who_won(tmp_path):
     assert not trained & {p.text for p in runs['random_control'].parts['test']}
 
     page = (tmp_path/'demo/report.html').read_text()
-    assert page.count('<img') >= 8 and page.index(said[0]) < page.index('<table') < page.index('<img')
+    assert page.count('<img') >= 8 and page.index('class=lead') < page.index('class=strip') < page.index('<figcaption>')
+    assert len(page) < 2e6 and page.count('<img') == len(re.findall('<img [^>]*alt="', page))
     assert not re.search(r'(src|href)="(?!data:|#)', page) and 'import matplotlib' not in page and 'Traceback' not in page
     assert {'arms', 'errors_by', 'loss_curves', 'maps_logits', 'alignment', 'spikes'} <= {p.stem for p in (tmp_path/'demo/report/figures').iterdir()}

@@ -59,7 +59,7 @@ def test_the_small_print_says_once_what_all_share(results):
 def test_the_first_screen_answers_with_seeds_tiles_and_a_sentence(results):
     runs, _ = _readable([results])
     lead, badge, tiles, strip = _first_screen(runs)
-    assert 'soft: +10.0&nbsp;points on its control over 100 held-out tracks' in lead and 'distillation helped' in lead
+    assert 'Soft: +10.0&nbsp;points on its control over 100 held-out tracks' in lead and 'distillation helped' in lead
     assert '3 seeds per arm' in badge and 'few' not in badge and tiles.count('<b>') == 2 and '60.0&nbsp;%' in tiles
     assert strip == '', 'its data are gone'
 
