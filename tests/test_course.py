@@ -77,8 +77,11 @@ def test_the_course_is_small():
     assert sum(p.stat().st_size for p in LESSONS) < 3_000_000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('nb', LESSONS, ids=lambda p: p.stem)
+# Two of the eight in CI, all of them by hand: each takes one to two minutes with its solutions.
+IN_CI = ('1_ctc', '8_reading')
+
+@pytest.mark.parametrize('nb', [pytest.param(p, marks=pytest.mark.slow if p.stem in IN_CI else pytest.mark.campaign) for p in LESSONS],
+                         ids=lambda p: p.stem)
 def test_a_lesson_runs_alone(nb, tmp_path, monkeypatch):
     "Every cell and every solution runs from an empty folder; outputs are the committed ones but for numbers."
     monkeypatch.setenv('TMPDIR', str(tmp_path)) # where the lessons share plates and teacher

@@ -266,7 +266,9 @@ def plot_taps(frame:pd.DataFrame, # arm, tap, and the measure; several rows of t
     for i, t in enumerate(taps):
         x, own = np.arange(len(arms)) + .26 * (i - (len(taps) - 1) / 2), at.reindex([(a, t) for a in arms])
         bars = ax.bar(x, own['mean'], .24, color=TERM_STYLES[t][1], label=TERM_STYLES[t][0])
-        for a, bar in zip(arms, bars): bar.set(hatch='////' if 'control' in a else None, edgecolor='white', linewidth=0)
+        for a, bar in zip(arms, bars):
+            hatch = '////' if arm_styles([a])[a]['linestyle'] == '--' else None
+            bar.set(hatch=hatch, edgecolor='white', linewidth=0)
         ax.vlines(x, own['min'], own['max'].where(own['count'] > 1), color='0.15', lw=1)
     ax.set_xticks(range(len(arms)), [wrapped(a, 12) for a in arms], fontsize=8)
     ax.set_ylabel(ylabel)

@@ -93,6 +93,10 @@ def test_an_arm_is_no_control_because_its_name_holds_the_word():
     s = arm_styles(['no_control_term', 'random init, control', 'random init, control, seed 1', 'my control'])
     assert [k['linestyle'] for k in s.values()] == ['-', '--', '--', '-']
 
+def test_taps_hatch_controls_alone():
+    frame = pd.DataFrame([dict(arm=a, tap='logits', cka=.5) for a in ('no_control_term', 'random init, control')])
+    assert [bool(p.get_hatch()) for p in plot_taps(frame, 'cka', 'CKA').patches] == [False, True]
+
 def test_arms_stand_in_order_with_intervals():
     ax = plot_arms(pd.DataFrame(dict(arm=ARMS, tracks=500, exact_match=[.5, .6, .7], lo=[.45, .55, .65], hi=[.55, .65, .75])))
     assert [t.get_text() for t in ax.get_yticklabels()] == ARMS and 'n = 500' in ax.get_xlabel() and '%' in ax.get_xlabel()

@@ -143,7 +143,7 @@ def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):
 
     words = [w for k, v in dict(SMALL, **TRAIN, data=drawn(), out=out, name='e é', ranks=2).items() for w in ('-p', k, v)]
     ends, steps = [], []
-    for victim, at in (('rank', rng.randrange(10, 14)), ('kernel', rng.randrange(14, 18)), ('runner', 18)):
+    for victim, at in (('rank', rng.randrange(10, 14)), ('kernel', rng.randrange(14, 18)), ('runner', 26)): # far enough for no log of the killed start to reach it
         caller = command('run', 'train_kd', *words)
         until(lambda: caller.poll() is not None or step(run) >= at and len(ranks_of(caller.pid)) == 2)
         ranks = ranks_of(caller.pid)
@@ -154,7 +154,7 @@ def test_whatever_ends_ranks_costs_nothing_but_time(tmp_path):
         assert said.splitlines()[-1].startswith('kdocr: ') and dict(rank='of 2 was ended by SIGKILL', kernel='its kernel died', runner='stopped by SIGTERM')[victim] in said
         steps.append(load_checkpoint(run.last)['step'])
     assert ends == [(75, 'rank_killed'), (75, 'dead_kernel'), (143, 'stopped')]
-    assert steps[0] % 4 == steps[1] % 4 == 0 and steps[2] >= 18, 'a kill leaves what was saved, a stop saves where it is'
+    assert steps[0] % 4 == steps[1] % 4 == 0 and steps[2] >= 26, 'a kill leaves what was saved, a stop saves where it is'
 
     caller = command('run', 'train_kd', *words)
     said = caller.communicate(timeout=120)
