@@ -256,3 +256,10 @@ def test_the_root_holds_what_was_asked_for_and_what_a_tool_looks_for():
 def test_the_citation_has_the_version_of_the_package():
     from kdocr import __version__
     assert f'version: {__version__}\n' in (ROOT/'CITATION.cff').read_text()
+
+def test_the_analysis_notebooks_show_their_pictures_and_all_notebooks_stay_small():
+    for name in ('errors', 'feature_alignment', 'loss_curves'):
+        outputs = [o for c in nbformat.read(NBS/f'analysis/{name}.ipynb', 4).cells for o in c.get('outputs', [])]
+        assert sum('image/png' in o.get('data', {}) for o in outputs) >= 3, name
+        assert not any(o['output_type'] == 'error' or o.get('name') == 'stderr' for o in outputs)
+    assert sum(p.stat().st_size for p in ALL) < 12e6
