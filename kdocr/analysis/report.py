@@ -57,7 +57,7 @@ def _comparisons_html(table:pd.DataFrame) -> str: # as `comparisons` makes it
     if (shown.seeds == 1).all(): return _table_html(shown.drop(columns=['seeds', 't over the seeds']))
     return _table_html(shown.drop(columns='McNemar p') if (shown.seeds > 1).all() else shown)
 
-# %% ../../nbs/analysis/66_report.ipynb #e38ab5c1
+# %% ../../nbs/analysis/66_report.ipynb #09eeada9
 def _text(s): return re.sub(r'(?<=\d) (?=%|points)', '&nbsp;', html.escape(s)) # a number stays with its unit
 
 def _image(image, alt) -> str: # (h,w,3) uint8 RGB, or the bytes of a PNG
@@ -82,9 +82,11 @@ def _badge_html(runs:list[Run]) -> str:
 
 def _chosen(control, distilled): # keys of four tracks
     wins = [p.key for p, q in zip(distilled, control) if p.right and not q.right]
+    losses = [p.key for p, q in zip(distilled, control) if not p.right and q.right]
     both = [p.key for p, q in zip(distilled, control) if p.right and q.right]
     none = [p.key for p, q in zip(distilled, control) if not p.right and not q.right]
-    return list(dict.fromkeys([*wins[:2], *both[:1], *none[:1], *both, *none, *wins]))[:4]
+    first = [*wins[:1], *losses[:1], *both[:1], *none[:1]]
+    return list(dict.fromkeys([*first, *wins, *losses, *both, *none]))[:4]
 
 def _strip_html(runs:list[Run], gain) -> str: # empty where the data are gone
     arms = {a.name: a.runs[0] for a in group_arms([r for r in runs if r.cfg.mode == 'student'])}
@@ -110,12 +112,11 @@ def _strip_html(runs:list[Run], gain) -> str: # empty where the data are gone
 
 def _first_screen(runs:list[Run]) -> list[str]:
     gains = comparisons(runs)
-    gain = gains.loc[gains['mean'].idxmax()] if len(gains) else None
+    gain = gains.iloc[0] if len(gains) else None
     lead = verdict(runs)[0]
     if gain is not None:
-        judged = gain.judged if gain.judged != 'better' else 'distillation helped'
-        lead = (f'{gain.arm}: {100 * gain["mean"]:+.1f} points on its control over {gain.tracks} held-out tracks '
-                f'(95 % interval {_span(gain.lo, gain.hi)}): {judged}.')
+        pairs = [f'{g.arm} {100 * g.mean:+.1f} points ({_span(g.lo, g.hi)}; {g.judged})' for g in gains.itertuples()]
+        lead = f'gain of each distilled arm on its control: {"; ".join(pairs)}.'
     strip = [] if gain is None else [_strip_html(runs, gain)]
     lead = f'<p class=lead>{_text(lead[0].upper() + lead[1:])}</p>'
     return [lead, _badge_html(runs), _tiles_html(runs, gain), *strip]

@@ -2,11 +2,13 @@
 import matplotlib
 matplotlib.use('agg')
 import pytest
+from pathlib import Path
 from kdocr.core import KdocrError, read_json, write_json
 from kdocr.config import Config
 from kdocr.metrics import Prediction
 from kdocr.training.run_folder import RunFolder
-from kdocr.analysis.report import _described, _first_screen, _made_of, _readable, _summary_html, page
+from kdocr.analysis.finished_runs import Run
+from kdocr.analysis.report import _chosen, _described, _first_screen, _made_of, _readable, _summary_html, page
 
 FACTS = dict(data_fingerprint='aa', split_hash='bb', torch='2.13')
 
@@ -59,7 +61,7 @@ def test_the_small_print_says_once_what_all_share(results):
 def test_the_first_screen_answers_with_seeds_tiles_and_a_sentence(results):
     runs, _ = _readable([results])
     lead, badge, tiles, strip = _first_screen(runs)
-    assert 'Soft: +10.0&nbsp;points on its control over 100 held-out tracks' in lead and 'distillation helped' in lead
+    assert 'soft +10.0&nbsp;points' in lead and '; better)' in lead
     assert '3 seeds per arm' in badge and 'few' not in badge and tiles.count('<b>') == 2 and '60.0&nbsp;%' in tiles
     assert strip == '', 'its data are gone'
 
@@ -75,3 +77,15 @@ def test_every_picture_is_described_and_the_page_fits_a_phone_and_the_dark():
     assert 'alt="Figure: A &amp; B"' in seen
     assert 'alt="Figure: C"' in seen and '<a href="#a">' in seen
     assert 'prefers-color-scheme: dark' in seen and 'max-width: 480px' in seen and '@media print' in seen and 'sticky' in seen
+
+def test_the_first_screen_hides_no_loss():
+    def arm(name, right, **kw):
+        rows = [Prediction(f't{i}', f'A{i}', f'A{i}' if i in right else '', .9) for i in range(40)]
+        return Run(Path(name), Config(name=name, arm=name, mode='student', teacher_checkpoint='t.pth', **kw), {'test': rows})
+    runs = [arm('ctc', range(20), distill_weight=0), arm('worse', range(10), control='ctc'), arm('better', range(30), control='ctc', lr=.003, distill_terms='kl')]
+    lead, _, tiles, _ = _first_screen(runs)
+    assert 'worse -25.0&nbsp;points' in lead and 'better +25.0&nbsp;points' in lead, 'every pair is in the sentence'
+    assert 'worse: -25.0&nbsp;points' in tiles, 'the first arm, not the one with the largest gain'
+    control, distilled = arm('c', {1, 2, 3}).preds, arm('d', {3}).preds
+    assert _chosen(control, distilled)[0] == 't1', 'a plate that only the control reads, where there is one'
+    assert _chosen(arm('c', {1}).preds, arm('d', {2, 3, 4}).preds)[:2] == ['t2', 't1']
